@@ -1,0 +1,1 @@
+"""raymi: attention-knockout and sparse-autoencoder experiments in batches."""

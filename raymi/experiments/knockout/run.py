@@ -1,0 +1,140 @@
+"""From a unit of knockouts to its rows, on one loaded model."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from raymi.experiments.knockout.spec import SCHEMA, Ablation, ablation_id
+from raymi.model.hooked import Batch, Cell, HookedModel
+from raymi.model.interventions import Mask
+from raymi.model.metrics import TokenEffects, effects, token_effects
+from raymi.plan import Unit
+from raymi.prompts import TokenizedPrompt
+
+Columns = dict[str, list[Any]]
+
+
+def run(
+    model: HookedModel,
+    unit: Unit,
+    prompts: Mapping[str, TokenizedPrompt],
+    *,
+    model_id: str,
+    revision: str,
+    dtype: str,
+    top_k: int = 10,
+) -> pa.Table:
+    """Measure every ablation of a unit.
+
+    Args:
+        model: the model.
+        unit: what to measure; its prompts all have the same number of tokens.
+        prompts: prompt id -> prompt, at least those of the unit.
+        model_id: written into the rows.
+        revision: written into the rows.
+        dtype: written into the rows.
+        top_k: how many of the most changed tokens a row lists.
+
+    Returns:
+        A table of `spec.SCHEMA`, one row an ablation, in the unit's order.
+
+    Raises:
+        NotFinite, NotFired, OutOfMemory: from the model room.
+    """
+    ids_PT = torch.tensor([prompts[prompt_id].token_ids for prompt_id, _ in unit.items])
+    work = [(p, ablation) for p, (_, ablations) in enumerate(unit.items) for ablation in ablations]
+    cells = [Cell(p, tuple(Mask(layer, a.heads, a.edges) for layer in a.layers)) for p, a in work]
+    tables: list[pa.Table] = []
+    for batch in model.ablations(ids_PT, cells):
+        rows = [(prompts[unit.items[p][0]], ablation) for p, ablation in work[batch.cells]]
+        columns = {
+            "unit_id": [unit.unit_id] * len(rows),
+            "experiment": [unit.experiment] * len(rows),
+            "model_id": [model_id] * len(rows),
+            "revision": [revision] * len(rows),
+            "dtype": [dtype] * len(rows),
+            **_asked(rows, model_id, model.n_heads),
+            **_effects(batch, top_k),
+            **_tokens(batch, rows),
+            "fired": batch.fired_A.tolist(),
+            "empty_rows": batch.empty_A.tolist(),
+            "engine": ["full"] * len(rows),
+        }
+        tables.append(pa.table(columns, schema=SCHEMA))
+    return pa.concat_tables(tables)
+
+
+def _asked(rows: Sequence[tuple[TokenizedPrompt, Ablation]], model_id: str, n_heads: int) -> Columns:
+    """What was cut, in full and, where there is just one of it, by itself."""
+
+    def only(values: Sequence[int] | None) -> int | None:
+        return values[0] if values is not None and len(set(values)) == 1 else None
+
+    columns: Columns = {name: [] for name in _ASKED}
+    for prompt, ablation in rows:
+        queries, keys = [q for q, _ in ablation.edges], [k for _, k in ablation.edges]
+        values = (
+            ablation_id(model_id, prompt.token_ids, ablation, n_heads),
+            prompt.prompt.id,
+            len(prompt.token_ids),
+            *(ablation.layers, ablation.heads, queries, keys),
+            *(only(ablation.layers), only(ablation.heads), only(queries), only(keys)),
+        )
+        for column, value in zip(columns.values(), values, strict=True):
+            column.append(value)
+    return columns
+
+
+_ASKED = (
+    *("ablation_id", "prompt_id", "n_tokens"),
+    *("layers", "heads", "queries", "keys", "layer", "head", "query", "key"),
+)
+
+
+def _effects(batch: Batch, top_k: int) -> Columns:
+    found = effects(batch.clean_PV, batch.ablated_AV, batch.prompt_A, top_k)
+    changed = zip(
+        found.changed_AC.tolist(), found.changed_clean_AC.tolist(), found.changed_ablated_AC.tolist(), strict=True
+    )
+    return {
+        "kl": found.kl_A.tolist(),
+        "total_variation": found.total_variation_A.tolist(),
+        "top1_clean": found.top1_clean_A.tolist(),
+        "top1_ablated": found.top1_ablated_A.tolist(),
+        "changed": [
+            [{"token_id": i, "prob_clean": p, "prob_ablated": q} for i, p, q in zip(*row, strict=True)]
+            for row in changed
+        ],
+    }
+
+
+def _tokens(batch: Batch, rows: Sequence[tuple[TokenizedPrompt, Ablation]]) -> Columns:
+    """What happened to the answer and to the wrong answer; null where a prompt has none."""
+    answer = _one_token(batch, "answer", [prompt.answer_id for prompt, _ in rows])
+    wrong = _one_token(batch, "wrong", [prompt.wrong_id for prompt, _ in rows])
+    logit_diff = _minus(answer["answer_logit_clean"], answer["answer_logit_ablated"])
+    wrong_diff = _minus(wrong["wrong_logit_clean"], wrong["wrong_logit_ablated"])
+    return {
+        **answer,
+        **{name: column for name, column in wrong.items() if not name.startswith("wrong_rank")},
+        "logit_diff": logit_diff,
+        "margin_diff": _minus(logit_diff, wrong_diff),
+    }
+
+
+def _one_token(batch: Batch, name: str, ids: list[int | None]) -> Columns:
+    token_A = torch.tensor([i or 0 for i in ids], device=batch.prompt_A.device)
+    found: TokenEffects = token_effects(batch.clean_PV, batch.ablated_AV, batch.prompt_A, token_A)
+    columns: Columns = {
+        f"{name}_{field.removesuffix('_A')}": [
+            value if token is not None else None for token, value in zip(ids, column.tolist(), strict=True)
+        ]
+        for field, column in found._asdict().items()
+    }
+    return {f"{name}_id": list(ids), **columns}
+
+
+def _minus(left: list[float | None], right: list[float | None]) -> list[float | None]:
+    return [a - b if a is not None and b is not None else None for a, b in zip(left, right, strict=True)]

@@ -1,0 +1,73 @@
+"""Cutting edges by editing the mask that an attention module is given.
+
+The way in for families that do not dispatch their attention (GPT-J, Falcon, BLOOM, ...), and an independent second
+opinion on those that do: with it, a family's own eager function computes the ablation.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from raymi.model.attention import Cut, Tap, UnsupportedAttention
+
+
+@contextmanager
+def edited_masks(tap: Tap, attention: Mapping[int, nn.Module], z: Mapping[int, nn.Module], n_heads: int) -> Iterator[None]:
+    """While inside, every layer of `tap.cuts` loses its edges in whatever forward runs.
+
+    Args:
+        tap: what to cut; firings and empty lines are counted on it.
+        attention: layer -> the module whose `attention_mask` is edited.
+        z: layer -> its output projection, where a line left without keys is made zero.
+        n_heads: query heads.
+
+    Raises:
+        UnsupportedAttention: during the forward, when a module is given no mask to edit.
+    """
+    with ExitStack() as stack:
+        for layer, cut in tap.cuts.items():
+            edit = _Edit(tap, cut, n_heads)
+            stack.callback(attention[layer].register_forward_pre_hook(edit.mask, with_kwargs=True).remove)
+            stack.callback(z[layer].register_forward_pre_hook(edit.z).remove)
+        yield
+
+
+class _Edit:
+    def __init__(self, tap: Tap, cut: Cut, n_heads: int) -> None:
+        self.tap, self.cut, self.n_heads = tap, cut, n_heads
+        self.dead_3N: Tensor | None = None
+
+    def mask(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+        given = bound.arguments.get("attention_mask")
+        if not isinstance(given, Tensor) or given.dim() != 4:
+            raise UnsupportedAttention(f"{type(module).__name__} is given no attention mask that could be edited")
+        assert self.tap.fired_B is not None and self.tap.empty_B is not None
+        cut = self.cut
+        mask_BHQS = given.expand(len(self.tap.fired_B), self.n_heads, -1, -1).clone()
+        if mask_BHQS.dtype == torch.bool:
+            # Every query may see itself, so the first entry says which of the two values means "may attend".
+            attends = mask_BHQS[0, 0, 0, 0].clone()
+            mask_BHQS[cut.row_E, cut.head_E, cut.query_E, cut.key_E] = ~attends
+            open_NS = mask_BHQS[cut.line_3N.unbind()] == attends
+        else:
+            lowest = torch.finfo(mask_BHQS.dtype).min
+            mask_BHQS[cut.row_E, cut.head_E, cut.query_E, cut.key_E] = lowest
+            open_NS = mask_BHQS[cut.line_3N.unbind()] > lowest / 2
+        dead_N = ~open_NS.any(-1)
+        self.dead_3N = cut.line_3N[:, dead_N]
+        self.tap.fired_B += cut.per_row_B
+        self.tap.empty_B.index_add_(0, cut.line_3N[0], dead_N.long())
+        bound.arguments["attention_mask"] = mask_BHQS
+        return bound.args, bound.kwargs
+
+    def z(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self.dead_3N is None or not self.dead_3N.shape[1]:
+            return args
+        row, head, query = self.dead_3N
+        z_BTHW = args[0].unflatten(-1, (self.n_heads, -1)).clone()
+        z_BTHW[row, query, head] = 0.0
+        return (z_BTHW.flatten(-2), *args[1:])

@@ -1,0 +1,72 @@
+"""Memory in use and memory left, in bytes, of this process and of the device it computes on."""
+
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+class Snapshot(NamedTuple):
+    """Bytes. `vram` is what torch holds on the device; None where there is no device memory apart from RAM."""
+
+    ram: int
+    vram: int | None
+
+
+def snapshot(device: torch.device) -> Snapshot:
+    vram = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+    return Snapshot(_status("VmRSS") or peak_ram(), vram)
+
+
+def peak_ram() -> int:
+    """Largest resident size this process ever had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available(device: torch.device) -> int:
+    """What can still be allocated: free device memory, or RAM within the limits of this container."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(_system_ram(), _cgroup_ram())
+
+
+def _system_ram() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    # No such file on macOS: half of what is installed is a safe guess.
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _cgroup_ram() -> int:
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        return sys.maxsize if limit == "max" else max(0, int(limit) - used)
+    except (OSError, ValueError):
+        return sys.maxsize
+
+
+def _status(field: str) -> int | None:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a GPU or in RAM (torch's CPU allocator raises a RuntimeError)."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )

@@ -131,7 +131,9 @@ def places(pip_says: str) -> str:
 
 
 def reason(pip_complains: str) -> str:
-    lines = [line.strip() for line in pip_complains.splitlines() if line.startswith(("WARNING: Retrying", "ERROR", "/"))]
+    lines = [
+        line.strip() for line in pip_complains.splitlines() if line.startswith(("WARNING: Retrying", "ERROR", "/"))
+    ]
     return "\n".join(f"  {line}" for line in lines[-3:] or pip_complains.splitlines()[-3:])
 
 

@@ -1,0 +1,159 @@
+"""The tables of a store, typed. A column may be added in place; anything else raises `SCHEMA_VERSION`."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from raymi.experiments.knockout.spec import SCHEMA as ABLATIONS
+
+SCHEMA_VERSION = 1
+"""Of the layout, the manifest and every table together; in each manifest and in each file's metadata."""
+
+_TIME = pa.timestamp("us", tz="UTC")
+
+MODELS = pa.schema(
+    [
+        ("model_id", pa.string()),
+        ("revision", pa.string()),
+        ("model_type", pa.string()),
+        ("architecture", pa.string()),
+        ("dtype", pa.string()),
+        ("device", pa.string()),
+        ("attention", pa.string()),
+        ("n_layers", pa.int32()),
+        ("n_heads", pa.int32()),
+        ("n_kv_heads", pa.int32()),
+        ("hidden_size", pa.int32()),
+        ("vocab_size", pa.int32()),
+        ("parameters", pa.int64()),
+        ("weight_bytes", pa.int64()),
+        ("load_seconds", pa.float64()),
+        # Bytes in use around the load; VRAM is null where there is none.
+        ("ram_before", pa.int64()),
+        ("ram_after", pa.int64()),
+        ("vram_before", pa.int64()),
+        ("vram_after", pa.int64()),
+        ("host", pa.string()),
+        ("replica", pa.string()),
+        ("loaded_at", _TIME),
+        ("capability", pa.string()),
+        ("status", pa.string()),
+    ]
+)
+"""One row a load of a model. `capability` is JSON: what was measured at load."""
+
+PROMPTS = pa.schema(
+    [
+        ("model_id", pa.string()),
+        ("revision", pa.string()),
+        ("prompt_id", pa.string()),
+        ("text", pa.string()),
+        ("answer", pa.string()),
+        ("wrong", pa.string()),
+        ("subject", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("tokens", pa.list_(pa.string())),
+        ("bos", pa.bool_()),
+        ("answer_id", pa.int32()),
+        ("answer_token", pa.string()),
+        ("wrong_id", pa.int32()),
+        ("wrong_token", pa.string()),
+        ("pieces", pa.list_(pa.struct([("piece", pa.string()), ("positions", pa.list_(pa.int32()))]))),
+    ]
+)
+"""One row a prompt as one model reads it."""
+
+VOCABULARY = pa.schema(
+    [("model_id", pa.string()), ("revision", pa.string()), ("token_id", pa.int32()), ("token", pa.string())]
+)
+"""The text of token ids, so that rows need only carry ids."""
+
+VERIFICATIONS = pa.schema(
+    [
+        ("unit_id", pa.string()),
+        ("ablation_id", pa.string()),
+        ("model_id", pa.string()),
+        ("revision", pa.string()),
+        ("max_logit_diff", pa.float64()),
+        ("tolerance", pa.float64()),
+        ("passed", pa.bool_()),
+        ("measured_at", _TIME),
+    ]
+)
+"""One row an ablation that was measured a second time by a plain full forward."""
+
+FAILURES = pa.schema(
+    [
+        ("model_id", pa.string()),
+        ("revision", pa.string()),
+        ("unit_id", pa.string()),
+        ("stage", pa.string()),
+        ("kind", pa.string()),
+        ("message", pa.string()),
+        ("traceback", pa.string()),
+        ("attempt", pa.int32()),
+        ("failed_at", _TIME),
+    ]
+)
+"""One row a failure. `stage` is select, plan, load, unit or replica; `unit_id` is null unless one unit failed."""
+
+EVENTS = pa.schema([("model_id", pa.string()), ("kind", pa.string()), ("message", pa.string()), ("happened_at", _TIME)])
+"""What else happened and is worth knowing afterwards: lost replicas, halved batches, resumed runs."""
+
+SCHEMAS: Mapping[str, pa.Schema] = {
+    "models": MODELS,
+    "prompts": PROMPTS,
+    "vocabulary": VOCABULARY,
+    "ablations": ABLATIONS,
+    "verifications": VERIFICATIONS,
+    "failures": FAILURES,
+    "events": EVENTS,
+}
+
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "prompts": ("model_id", "revision", "prompt_id"),
+    "vocabulary": ("model_id", "revision", "token_id"),
+}
+"""What may stand in a table once only; the first row of a key wins. (`ablations` go by whole units.)"""
+
+
+def rows(table: str, records: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Records as an Arrow table of the pinned schema; what a record leaves out is null.
+
+    Raises:
+        ValueError: a record has a field that the table has not.
+    """
+    listed = [dict(record) for record in records]
+    schema = SCHEMAS[table]
+    if unknown := {field for record in listed for field in record} - set(schema.names):
+        raise ValueError(f"table {table} has no column {', '.join(sorted(unknown))}")
+    return pa.Table.from_pylist(listed, schema=schema)
+
+
+def check(table: str, data: pa.Table) -> None:
+    """That `data` is exactly of the pinned schema of `table`, metadata apart.
+
+    Raises:
+        ValueError: it is not; says the first column that differs.
+    """
+    want = SCHEMAS[table]
+    if data.schema.equals(want, check_metadata=False):
+        return
+    for name, kind in zip(want.names, want.types, strict=True):
+        if name not in data.schema.names:
+            raise ValueError(f"rows for table {table} lack the column {name} ({kind})")
+        if (found := data.schema.field(name).type) != kind:
+            raise ValueError(f"rows for table {table}: column {name} is {found}, not {kind}")
+    raise ValueError(f"rows for table {table}: columns {data.schema.names}, not {want.names}")
+
+
+def conform(table: str, data: pa.Table) -> pa.Table:
+    """`data`, perhaps written before a column was added, as the pinned schema has it: columns it lacks are null."""
+    want = SCHEMAS[table]
+    have = set(data.schema.names)
+    columns = [
+        data.column(name).cast(kind) if name in have else pa.nulls(data.num_rows, kind)
+        for name, kind in zip(want.names, want.types, strict=True)
+    ]
+    return pa.Table.from_arrays(columns, schema=want)

@@ -4,7 +4,8 @@ A family hands over queries and keys after their rotary embedding, so cutting ed
 per family. The arithmetic is that of the families' own eager functions: scale, softcap, position bias, mask, sinks,
 softmax in float32.
 
-Legend: B rows of the batch, H query heads, K key heads, G = H / K, Q query positions, S key positions, D head width.
+Legend: B rows of the batch, P prompts, H query heads, K key heads, G = H / K, Q query positions, S key positions,
+D head width. Scores are laid out [K, B, G, Q, S]: what is shared by all rows is then one matrix product a key head.
 """
 
 from dataclasses import dataclass, field
@@ -63,6 +64,20 @@ class Cut:
         return cls(row, head, query, key, lines.to(device), per_row.to(device))
 
 
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Clean keys and values of the positions before a suffix that is computed anew, of P prompts of equal length."""
+
+    length: int
+    states: dict[int, tuple[Tensor, Tensor]]
+    """Layer -> keys [P, K, T, D] and values [P, K, T, Dv], of which the first `length` positions count."""
+    prompt_B: Tensor | None
+    """Which prompt each row of the batch belongs to; None when there is only one, and all rows share it.
+
+    While rows are still joining, the batch is a beginning of this.
+    """
+
+
 @dataclass(slots=True)
 class Tap:
     """What the attention function does beside attending, in the forward that is running.
@@ -71,6 +86,10 @@ class Tap:
     """
 
     cuts: dict[int, Cut] = field(default_factory=dict[int, Cut])
+    keep: dict[int, tuple[Tensor, Tensor]] | None = None
+    """Filled, when it is a dictionary, with every layer's keys and values, [B, K, S, D]."""
+    prefix: "Prefix | None" = None
+    """Clean keys and values that stand before the first position which this forward computes."""
     captures: dict[tuple[int, str], Tensor | None] = field(default_factory=dict[tuple[int, str], "Tensor | None"])
     """(layer, name) -> the tensor, None until the layer has run."""
     fired_B: Tensor | None = None
@@ -79,20 +98,25 @@ class Tap:
     """Score lines left without any key, a row: those heads attend to nothing."""
     called: dict[int, nn.Module] = field(default_factory=dict[int, nn.Module])
     """Which module asked for which layer's attention: how a model's attention layers are found."""
+    closed: dict[int, bool] = field(default_factory=dict[int, bool])
+    """Whether a mask (by the address of its data) forbids anything, looked at once a forward."""
 
     def begin(self, n_rows: int, device: torch.device) -> None:
         self.fired_B = torch.zeros(n_rows, dtype=torch.long, device=device)
         self.empty_B = torch.zeros(n_rows, dtype=torch.long, device=device)
         self.called.clear()
+        self.closed.clear()
 
     def clear(self) -> None:
         self.cuts.clear()
         self.captures.clear()
-        self.fired_B = self.empty_B = None
+        self.closed.clear()
+        self.keep = self.prefix = self.fired_B = self.empty_B = None
 
-    def capture(self, layer: int, name: str, value: Tensor) -> None:
+    def capture(self, layer: int, name: str, value: Tensor, *, by_key_head: bool = False) -> None:
+        """Keep a tensor that was asked for; [K, B, G, Q, S] is given back as TransformerLens's [B, H, Q, S]."""
         if (layer, name) in self.captures:
-            self.captures[layer, name] = value
+            self.captures[layer, name] = value.transpose(0, 1).flatten(1, 2) if by_key_head else value
 
 
 def attention(
@@ -107,7 +131,7 @@ def attention(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     **others: object,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, None]:
     """Attention as `transformers` asks for it, with the edges of the module's `Tap` cut.
 
     Args:
@@ -122,7 +146,7 @@ def attention(
         position_bias: added to the scores.
 
     Returns:
-        Output [B, Q, H, Dv] and pattern [B, H, Q, S].
+        Output [B, Q, H, Dv], and no pattern: whoever wants one captures it.
 
     Raises:
         UnsupportedAttention: for a keyword argument that is neither known nor known to be harmless.
@@ -135,57 +159,113 @@ def attention(
     tap, layer = _tap(module), int(module.layer_idx)  # pyright: ignore[reportArgumentType]
     tap.called[layer] = module
     n_rows, n_heads, n_queries, width = query.shape
-    n_key_heads, n_keys = key.shape[1], key.shape[2]
+    n_key_heads = key.shape[1]
+    if tap.keep is not None:
+        tap.keep[layer] = key, value
     for name, states in (("rot_q", query), ("rot_k", key), ("v", value)):
         tap.capture(layer, name, states.transpose(1, 2))
 
     # Query heads that share a key head are folded into its query axis: grouped keys are never copied.
-    query_BKGQD = query.reshape(n_rows, n_key_heads, -1, width)
-    scores_BHQS = (query_BKGQD @ key.transpose(2, 3)).view(n_rows, n_heads, n_queries, n_keys)
-    scores_BHQS = scores_BHQS * (width**-0.5 if scaling is None else scaling)
+    group = n_heads // n_key_heads
+    scaling = width**-0.5 if scaling is None else scaling
+    query_KBQD = (query * scaling).reshape(n_rows, n_key_heads, group * n_queries, width).transpose(0, 1)
+    prefix = _prefix(tap, layer, n_rows)
+    scores_KBGQS = _scores(query_KBQD, key.transpose(0, 1), prefix).unflatten(2, (group, n_queries))
     if softcap is not None:
-        scores_BHQS = softcap * torch.tanh(scores_BHQS / softcap)
+        scores_KBGQS = torch.tanh_(scores_KBGQS.div_(softcap)).mul_(softcap)
     if position_bias is not None:
-        scores_BHQS = scores_BHQS + position_bias
-    scores_BHQS = _masked(scores_BHQS, attention_mask, bool(getattr(module, "is_causal", True)))
-    pattern_BHQS = _pattern(tap, layer, scores_BHQS, s_aux).to(value.dtype)
-    tap.capture(layer, "pattern", pattern_BHQS)
-    folded = pattern_BHQS.reshape(n_rows, n_key_heads, -1, n_keys)
-    out_BHQD = (folded @ value).view(n_rows, n_heads, n_queries, value.shape[3])
-    return out_BHQD.transpose(1, 2).contiguous(), pattern_BHQS
+        scores_KBGQS += _by_key_head(position_bias, n_key_heads)
+    _forbid(scores_KBGQS, attention_mask, bool(getattr(module, "is_causal", True)), tap)
+    pattern_KBGQS = _pattern(tap, layer, scores_KBGQS, s_aux).to(value.dtype)
+    tap.capture(layer, "pattern", pattern_KBGQS, by_key_head=True)
+    out_KBQD = _mix(pattern_KBGQS.flatten(2, 3), value.transpose(0, 1), prefix)
+    out_BQHD = out_KBQD.unflatten(2, (group, n_queries)).permute(1, 3, 0, 2, 4)
+    return out_BQHD.reshape(n_rows, n_queries, n_heads, -1), None
 
 
-def _masked(scores_BHQS: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Scores with -inf wherever the model's own mask forbids a key: "forbidden" must stay so for a line that loses all others."""
+def _prefix(tap: Tap, layer: int, n_rows: int) -> tuple[Tensor, Tensor] | None:
+    """Keys and values before the suffix: [K, 1, length, D], shared by all rows, or [K, B, length, D], one's own each."""
+    if tap.prefix is None:
+        return None
+    keys, values = (states[:, :, : tap.prefix.length] for states in tap.prefix.states[layer])
+    if tap.prefix.prompt_B is not None:
+        rows_B = tap.prefix.prompt_B[:n_rows]
+        keys, values = keys[rows_B], values[rows_B]
+    return keys.transpose(0, 1), values.transpose(0, 1)
+
+
+def _scores(query_KBQD: Tensor, key_KBSD: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Query times keys, [K, B, G Q, S], the prefix's keys first."""
+    if prefix is None:
+        return query_KBQD @ key_KBSD.transpose(2, 3)
+    before_KPSD, length = prefix[0], prefix[0].shape[2]
+    scores = query_KBQD.new_empty(*query_KBQD.shape[:3], length + key_KBSD.shape[2])
+    scores[..., length:] = query_KBQD @ key_KBSD.transpose(2, 3)
+    if before_KPSD.shape[1] == query_KBQD.shape[1]:
+        scores[..., :length] = query_KBQD @ before_KPSD.transpose(2, 3)
+    else:  # one prefix for all rows, as in Hydragen (arXiv 2402.05099): one matrix product instead of one a row
+        before_KDS = before_KPSD[:, 0].transpose(1, 2)
+        scores[..., :length] = torch.bmm(query_KBQD.flatten(1, 2), before_KDS).unflatten(1, query_KBQD.shape[1:3])
+    return scores
+
+
+def _mix(pattern_KBQS: Tensor, value_KBSD: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Values weighed by the pattern, [K, B, G Q, Dv]."""
+    if prefix is None:
+        return pattern_KBQS @ value_KBSD
+    before_KPSD, length = prefix[1], prefix[1].shape[2]
+    out = pattern_KBQS[..., length:] @ value_KBSD
+    if before_KPSD.shape[1] == pattern_KBQS.shape[1]:
+        return out + pattern_KBQS[..., :length] @ before_KPSD
+    weights_KNS = pattern_KBQS[..., :length].flatten(1, 2)
+    return out + torch.bmm(weights_KNS, before_KPSD[:, 0]).unflatten(1, pattern_KBQS.shape[1:3])
+
+
+def _by_key_head(per_head: Tensor, n_key_heads: int) -> Tensor:
+    """[B or 1, H or 1, Q, S] -> what broadcasts against [K, B, G, Q, S]."""
+    if per_head.shape[1] == 1:
+        return per_head[None]
+    return per_head.unflatten(1, (n_key_heads, -1)).transpose(0, 1)
+
+
+def _forbid(scores_KBGQS: Tensor, mask: Tensor | None, causal: bool, tap: Tap) -> None:
+    """Write -inf wherever the model's own mask forbids a key: it must stay forbidden in a line that loses all others."""
+    n_queries, n_keys = scores_KBGQS.shape[3:]
     if mask is None:
-        n_queries, n_keys = scores_BHQS.shape[2:]
-        if not causal or n_queries == 1:
-            return scores_BHQS
-        mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=scores_BHQS.device).tril(n_keys - n_queries)
+        if causal and n_queries > 1:
+            allowed = torch.ones(n_queries, n_keys, dtype=torch.bool, device=scores_KBGQS.device)
+            scores_KBGQS.masked_fill_(~allowed.tril(n_keys - n_queries), -torch.inf)
+        return
+    mask = _by_key_head(mask, scores_KBGQS.shape[0])
     if mask.dtype == torch.bool:
-        return scores_BHQS.masked_fill(~mask, -torch.inf)
-    forbidden = mask <= torch.finfo(mask.dtype).min / 2
-    return (scores_BHQS + mask).masked_fill(forbidden, -torch.inf)
+        if tap.closed.setdefault(mask.data_ptr(), not bool(mask.all())):
+            scores_KBGQS.masked_fill_(~mask, -torch.inf)
+    else:
+        scores_KBGQS += mask
+        scores_KBGQS.masked_fill_(mask <= torch.finfo(mask.dtype).min / 2, -torch.inf)
 
 
-def _pattern(tap: Tap, layer: int, scores_BHQS: Tensor, sinks_H: Tensor | None) -> Tensor:
+def _pattern(tap: Tap, layer: int, scores_KBGQS: Tensor, sinks_H: Tensor | None) -> Tensor:
     """Softmax over the keys, in float32, of the scores with the tap's edges cut; a line without keys attends to nothing."""
-    cut, dead_N = tap.cuts.get(layer), None
+    cut, group, dead_N = tap.cuts.get(layer), scores_KBGQS.shape[2], None
     if cut is not None:
-        scores_BHQS[cut.row_E, cut.head_E, cut.query_E, cut.key_E] = -torch.inf
-        dead_N = scores_BHQS[cut.line_3N.unbind()].isneginf().all(-1)
+        head_E, head_N = cut.head_E, cut.line_3N[1]
+        scores_KBGQS[head_E // group, cut.row_E, head_E % group, cut.query_E, cut.key_E] = -torch.inf
+        lines = (head_N // group, cut.line_3N[0], head_N % group, cut.line_3N[2])
+        dead_N = scores_KBGQS[lines].isneginf().all(-1)
         assert tap.fired_B is not None and tap.empty_B is not None
         tap.fired_B += cut.per_row_B
         tap.empty_B.index_add_(0, cut.line_3N[0], dead_N.long())
-    tap.capture(layer, "attn_scores", scores_BHQS)
+    tap.capture(layer, "attn_scores", scores_KBGQS, by_key_head=True)
     if sinks_H is not None:
-        sink_BHQ1 = sinks_H.view(1, -1, 1, 1).expand(*scores_BHQS.shape[:3], 1).to(scores_BHQS.dtype)
-        return torch.softmax(torch.cat([scores_BHQS, sink_BHQ1], -1), -1, dtype=torch.float32)[..., :-1]
-    pattern_BHQS = torch.softmax(scores_BHQS, -1, dtype=torch.float32)
+        sink = sinks_H.view(scores_KBGQS.shape[0], 1, group, 1, 1).to(scores_KBGQS.dtype)
+        with_sink = torch.cat([scores_KBGQS, sink.expand(*scores_KBGQS.shape[:4], 1)], -1)
+        return torch.softmax(with_sink, -1, dtype=torch.float32)[..., :-1]
+    pattern_KBGQS = torch.softmax(scores_KBGQS, -1, dtype=torch.float32)
     if cut is not None and dead_N is not None:
         row, head, query = cut.line_3N[:, dead_N]
-        pattern_BHQS[row, head, query] = 0.0
-    return pattern_BHQS
+        pattern_KBGQS[head // group, row, head % group, query] = 0.0
+    return pattern_KBGQS
 
 
 def attach(module: nn.Module, tap: Tap) -> None:

@@ -1,6 +1,12 @@
 """Prompts: as written by people, and as a model's tokenizer reads them."""
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+from raymi.errors import UserError
+
+Bos = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +21,11 @@ class Prompt:
     subject: str | None = None
     """A piece of `text` whose tokens can be named as positions."""
 
+    def piece(self, name: str) -> str | None:
+        """The text of a piece by its name, `subject` or `text:...`; None when it is not in the prompt."""
+        text = self.subject if name == "subject" else name.removeprefix("text:")
+        return text if text and text in self.text else None
+
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPrompt:
@@ -22,7 +33,7 @@ class TokenizedPrompt:
 
     prompt: Prompt
     token_ids: tuple[int, ...]
-    """What the model is given: BOS included where one was added, and any beginning shared by answer and wrong answer."""
+    """What the model is given: with BOS where one was added, and with what answer and wrong answer begin alike."""
     tokens: tuple[str, ...]
     """One display string a token id."""
     bos: bool
@@ -31,4 +42,236 @@ class TokenizedPrompt:
     """First token after the prompt when prompt + answer are tokenised jointly."""
     wrong_id: int | None
     pieces: dict[str, tuple[int, ...]]
-    """Positions, ascending, of the tokens that overlap a named piece of the text ("subject", or the text itself)."""
+    """Positions, ascending, of the tokens that overlap the first occurrence of a piece of the text, by its name (see
+    `Prompt.piece`): those pieces that were asked for and are there."""
+
+
+class Tokenizer(Protocol):
+    """What is used of a Hugging Face tokenizer, which this module therefore need not import."""
+
+    @property
+    def is_fast(self) -> bool: ...
+    @property
+    def bos_token_id(self) -> int | None: ...
+    @property
+    def name_or_path(self) -> str: ...
+    def __call__(self, text: list[str], **options: Any) -> Mapping[str, Any]: ...
+    def decode(self, token_ids: list[int], **options: Any) -> Any: ...
+    def convert_ids_to_tokens(self, ids: list[int]) -> Any: ...
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any: ...
+
+
+class _Source(NamedTuple):
+    """What is tokenised for a prompt."""
+
+    text: str
+    """The prompt's text, or a chat template around it."""
+    start: int
+    """Where in it the prompt's own text begins."""
+
+
+class _Encoded(NamedTuple):
+    ids: list[int]
+    """Without special tokens that the tokenizer would add."""
+    offsets: list[tuple[int, int]] | None
+    """Of every token, its span of characters; None when it was not asked for."""
+
+
+def tokenize(
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    *,
+    bos: Bos,
+    chat_template: bool,
+    pieces: Collection[str] = (),
+    model_id: str | None = None,
+) -> list[TokenizedPrompt]:
+    """Reads prompts as one model does.
+
+    Prompt and answer are tokenised jointly, and the target is the first token after the prompt. Where answer and wrong
+    answer begin alike, their common beginning is appended to the prompt.
+
+    Args:
+        prompts: the prompts; the result has their order.
+        tokenizer: a Hugging Face tokenizer.
+        bos: `auto` adds what the tokenizer itself adds before a text, `always` exactly one BOS, `never` nothing.
+            What a tokenizer adds after a text (EOS) is left out in any case: the answer could not follow it.
+        chat_template: every text becomes one turn of a user, followed by the beginning of the model's turn. The
+            template alone decides about BOS then.
+        pieces: what positions are wanted for: `subject`, `text:...` (`KnockoutSpec.pieces`).
+        model_id: what errors call the model.
+
+    Raises:
+        UserError: a prompt without tokens, a text and an answer that do not tokenise jointly, answers that do not
+            differ, no BOS to add, no chat template, or positions asked of a tokenizer that does not know them.
+    """
+    if not prompts:
+        return []
+    model = model_id or tokenizer.name_or_path
+    sources = [_chat(prompt, tokenizer, model) if chat_template else _Source(prompt.text, 0) for prompt in prompts]
+    wanted = [_spans(prompt, source, pieces) for prompt, source in zip(prompts, sources, strict=True)]
+    if any(wanted) and not tokenizer.is_fast:
+        raise UserError(
+            f"{model}: its tokenizer does not say where in the text a token stands, so pieces of text "
+            f"({', '.join(sorted(pieces))}) cannot be found",
+            hint="Name positions by index, first or last.",
+        )
+    texts = [source.text for source in sources]
+    encoded = _encode(tokenizer, texts, offsets=any(wanted))
+    prefixes = [()] * len(texts) if chat_template else _prefixes(tokenizer, texts, encoded, bos, model)
+    answers = _joint(tokenizer, sources, [prompt.answer for prompt in prompts])
+    wrongs = _joint(tokenizer, sources, [prompt.wrong for prompt in prompts])
+
+    tokenized: list[TokenizedPrompt] = []
+    for prompt, source, read, prefix, answer, wrong, spans in zip(
+        prompts, sources, encoded, prefixes, answers, wrongs, wanted, strict=True
+    ):
+        who = f"{model}: prompt {prompt.id!r}"
+        if not read.ids:
+            raise UserError(f"{who}: {prompt.text!r} has no tokens")
+        shared, answer_id, wrong_id = _targets(who, tokenizer, prompt, read.ids, answer, wrong)
+        token_ids = (*prefix, *read.ids, *shared)
+        tokenized.append(
+            TokenizedPrompt(
+                prompt=prompt,
+                token_ids=token_ids,
+                tokens=display(tokenizer, token_ids),
+                bos=tokenizer.bos_token_id is not None and token_ids[0] == tokenizer.bos_token_id,
+                answer_id=answer_id,
+                wrong_id=wrong_id,
+                pieces={name: _overlap(who, source.text, span, read, len(prefix)) for name, span in spans.items()},
+            )
+        )
+    return tokenized
+
+
+def display(tokenizer: Tokenizer, token_ids: Sequence[int]) -> tuple[str, ...]:
+    """One readable string a token id: its text with its leading blank, or the tokenizer's name for what is no text."""
+    names: list[str] = [str(name) for name in tokenizer.convert_ids_to_tokens(list(token_ids))]
+    texts: list[str] = [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in token_ids]
+    return tuple(_display(name, text) for name, text in zip(names, texts, strict=True))
+
+
+def _display(name: str, text: str) -> str:
+    if not text or "\N{REPLACEMENT CHARACTER}" in text:
+        return name
+    # Decoding takes the blank that "\u2581" stands for away from the first word of a text.
+    return f" {text}" if name.startswith("\u2581") and not text.startswith(" ") else text
+
+
+def _chat(prompt: Prompt, tokenizer: Tokenizer, model: str) -> _Source:
+    def render(content: str) -> str:
+        turns = [{"role": "user", "content": content}]
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    try:
+        text = render(prompt.text)
+        # Where the text begins is seen from a text that occurs nowhere else; a template may strip blanks.
+        start = render("\ue000").index("\ue000")
+    except Exception as error:  # a template is a program, and may raise anything
+        raise UserError(f"{model}: its chat template cannot be used: {error}") from error
+    if text.startswith(prompt.text, start):
+        return _Source(text, start)
+    if text.startswith(prompt.text.strip(), start):
+        return _Source(text, start - (len(prompt.text) - len(prompt.text.lstrip())))
+    raise UserError(f"{model}: its chat template changes the text of prompt {prompt.id!r}")
+
+
+def _spans(prompt: Prompt, source: _Source, pieces: Collection[str]) -> dict[str, tuple[int, int]]:
+    """Where in the source the pieces that are in the prompt stand, as spans of characters."""
+    spans: dict[str, tuple[int, int]] = {}
+    for piece in pieces:
+        text = prompt.piece(piece)
+        if text is not None:
+            start = source.start + prompt.text.index(text)
+            spans[piece] = (start, start + len(text))
+    return spans
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str], *, special: bool = False, offsets: bool = False) -> list[_Encoded]:
+    options = {"return_offsets_mapping": True} if offsets else {}
+    batch = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False, **options)
+    spans = batch["offset_mapping"] if offsets else [None] * len(texts)
+    return [_Encoded(list(ids), span) for ids, span in zip(batch["input_ids"], spans, strict=True)]
+
+
+def _prefixes(
+    tokenizer: Tokenizer, texts: list[str], encoded: list[_Encoded], bos: Bos, model: str
+) -> list[tuple[int, ...]]:
+    """The special tokens to place before every text."""
+    if bos == "never":
+        return [()] * len(texts)
+    bos_id = tokenizer.bos_token_id
+    if bos == "always" and bos_id is None:
+        raise UserError(f"{model}: bos is always, but its tokenizer has no beginning-of-sequence token")
+    prefixes: list[tuple[int, ...]] = []
+    for plain, special in zip(encoded, _encode(tokenizer, texts, special=True), strict=True):
+        prefix = _before(plain.ids, special.ids, model)
+        if bos == "always" and bos_id is not None:
+            rest = tuple(token for token in prefix if token != bos_id)
+            prefix = rest if plain.ids[:1] == [bos_id] else (bos_id, *rest)
+        prefixes.append(prefix)
+    return prefixes
+
+
+def _before(plain: list[int], special: list[int], model: str) -> tuple[int, ...]:
+    """What stands before `plain` in `special`; the last of several places, for a text that itself begins with BOS."""
+    for start in range(len(special) - len(plain), -1, -1):
+        if special[start : start + len(plain)] == plain:
+            return tuple(special[:start])
+    raise UserError(
+        f"{model}: its tokenizer changes a text's own tokens when it adds special tokens: {plain} becomes {special}",
+        hint="Choose `bos: never`.",
+    )
+
+
+def _joint(tokenizer: Tokenizer, sources: list[_Source], answers: list[str | None]) -> list[list[int] | None]:
+    """The ids of every text with its answer, where it has one."""
+    texts = [source.text + answer for source, answer in zip(sources, answers, strict=True) if answer is not None]
+    ids = iter(_encode(tokenizer, texts) if texts else ())
+    return [None if answer is None else next(ids).ids for answer in answers]
+
+
+def _targets(
+    who: str, tokenizer: Tokenizer, prompt: Prompt, ids: list[int], answer: list[int] | None, wrong: list[int] | None
+) -> tuple[list[int], int | None, int | None]:
+    """What answer and wrong answer share, and the first token of each after that."""
+    if answer is None:
+        return [], None, None
+    right = _continuation(who, tokenizer, prompt.text, prompt.answer, ids, answer)
+    if wrong is None:
+        return [], right[0], None
+    other = _continuation(who, tokenizer, prompt.text, prompt.wrong, ids, wrong)
+    for index, (a, b) in enumerate(zip(right, other, strict=False)):
+        if a != b:
+            return right[:index], a, b
+    raise UserError(
+        f"{who}: no token tells the answer {prompt.answer!r} from the wrong answer {prompt.wrong!r}: "
+        f"{display(tokenizer, right)} and {display(tokenizer, other)}"
+    )
+
+
+def _continuation(
+    who: str, tokenizer: Tokenizer, text: str, answer: str | None, ids: list[int], joint: list[int]
+) -> list[int]:
+    if joint[: len(ids)] != ids:
+        raise UserError(
+            f"{who}: {text!r} and its answer {answer!r} are not tokenised jointly: the prompt alone is "
+            f"{display(tokenizer, ids)}, with the answer it becomes {display(tokenizer, joint)}",
+            hint="A blank between the two belongs to the beginning of the answer, not to the end of the prompt.",
+        )
+    if len(joint) == len(ids):
+        raise UserError(f"{who}: the answer {answer!r} adds no token to {text!r}")
+    return joint[len(ids) :]
+
+
+def _overlap(who: str, text: str, span: tuple[int, int], read: _Encoded, shift: int) -> tuple[int, ...]:
+    """Positions of the tokens that overlap a span of characters."""
+    start, end = span
+    offsets = read.offsets or []
+    found = [index for index, (a, b) in enumerate(offsets) if a < end and b > start and a < b]
+    # Some tokenizers give spans that are none, and a wrong position would go unseen. Blanks may belong to no token.
+    covered = {at for index in found for at in range(*offsets[index])}
+    if any(at not in covered and not text[at].isspace() for at in range(start, end)):
+        raise UserError(f"{who}: its tokenizer does not say which tokens stand for {text[start:end]!r}")
+    return tuple(index + shift for index in found)

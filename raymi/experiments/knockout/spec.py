@@ -1,8 +1,26 @@
 """Attention knockout: which edges of which heads in which layers are cut, and what a row of the result says."""
 
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from fnmatch import fnmatchcase
+from hashlib import sha256
+from itertools import groupby
+from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 
 import pyarrow as pa
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+from raymi.errors import UserError
+from raymi.fields import Fields, near, problem
+from raymi.prompts import TokenizedPrompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +33,311 @@ class Ablation:
     """Query heads, ascending; None: all heads."""
     edges: tuple[tuple[int, int], ...]
     """(query position, key position), key <= query, ascending, non-negative."""
+
+
+class Window(Fields):
+    """For every layer, the `window` layers around it that exist, as in Geva et al. (2023)."""
+
+    window: int = Field(strict=True, ge=1)
+
+
+class Text(Fields):
+    """The positions of the tokens that overlap the first occurrence of `text` in the prompt."""
+
+    text: str = Field(min_length=1)
+
+    @property
+    def piece(self) -> str:
+        """Its name in `TokenizedPrompt.pieces`."""
+        return f"text:{self.text}"
+
+
+LAYERS = "all, middle, an index, a negative index, a fraction of depth from 0.0 to 1.0, {window: k}"
+HEADS = "all, an index, a negative index"
+POSITIONS = "first, last, all, subject, {text: ...}, an index, a negative index"
+
+
+def _element(value: object, words: Sequence[str], allowed: str, nested: type[Fields] | None = None) -> Any:
+    """One element of an axis: an index, one of `words`, or a mapping that `nested` reads."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value in words:
+        return value
+    fields = list(nested.model_fields) if nested else []
+    if nested and (isinstance(value, nested) or (isinstance(value, Mapping) and not value.keys().isdisjoint(fields))):
+        return nested.model_validate(value)
+    keys = ["each", "together", *fields]
+    hint = "".join(near(key, keys) for key in value) if isinstance(value, Mapping) else near(value, words)
+    raise problem(f"found {value!r}; allowed: {allowed}{hint}", found=value)
+
+
+def _layer(value: object) -> Any:
+    if isinstance(value, float):
+        if 0 <= value <= 1:
+            return value
+        raise problem(f"found {value!r}; allowed: {LAYERS}", found=value)
+    return _element(value, ("all", "middle"), LAYERS, Window)
+
+
+def _head(value: object) -> Any:
+    return _element(value, ("all",), HEADS)
+
+
+def _position(value: object) -> Any:
+    return _element(value, ("all", "first", "last", "subject"), POSITIONS, Text)
+
+
+# Read by functions, since the error of a union says what is wrong once for each of its members.
+Layer = Annotated[int | float | Literal["all", "middle"] | Window, BeforeValidator(_layer)]
+Head = Annotated[int | Literal["all"], BeforeValidator(_head)]
+Position = Annotated[int | Literal["all", "first", "last", "subject"] | Text, BeforeValidator(_position)]
+
+T = TypeVar("T")
+
+
+class Axis(Fields, Generic[T]):
+    """What varies along one axis: `each` of its elements is a measurement of its own, or all are cut `together`.
+
+    Exactly one of the two is given. In a job file a bare value or list means `each`.
+    """
+
+    each: tuple[T, ...] | None = None
+    together: tuple[T, ...] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out(cls, data: object) -> object:
+        if isinstance(data, Axis):
+            return cast(object, data)
+        if isinstance(data, Mapping) and ("each" in data or "together" in data):
+            return {key: _listed(value) for key, value in cast(Mapping[str, object], data).items()}
+        return {"each": _listed(data)}
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> "Axis[T]":
+        if (self.each is None) == (self.together is None):
+            raise problem("allowed: one of each and together, with something in it")
+        if not self.elements:
+            raise problem("found an empty list, which cuts nothing", self.how)
+        if "all" in self.elements and len(self.elements) > 1:
+            raise problem("found all among others; allowed: all alone, or others", self.how)
+        if self.together and any(isinstance(element, Window) for element in self.together):
+            raise problem("found a window; windows are taken each", "together")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _drop_the_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
+        return {key: value for key, value in handler(self).items() if value is not None}
+
+    @property
+    def how(self) -> Literal["each", "together"]:
+        return "together" if self.each is None else "each"
+
+    @property
+    def elements(self) -> tuple[T, ...]:
+        return self.each if self.each is not None else self.together or ()
+
+    def groups(self, resolve: Callable[[T], Iterable[int]]) -> list[tuple[int, ...]]:
+        """The indices of every measurement along this axis, ascending, none twice."""
+        indices = sorted({index for element in self.elements for index in resolve(element)})
+        return [tuple(indices)] if self.each is None else [(index,) for index in indices]
+
+
+def _listed(value: object) -> object:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _all_heads_together(value: object) -> object:
+    return {"together": ["all"]} if value == "all" else value
+
+
+class KnockoutSpec(Fields):
+    """One knockout experiment of a job: the product of its axes is measured on every prompt it chooses."""
+
+    kind: Literal["knockout"]
+    name: str = Field(default="knockout", min_length=1)
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=("*",), min_length=1)
+    """Ids of the job's prompts to measure, as shell patterns."""
+    layers: Axis[Layer]
+    heads: Annotated[Axis[Head], BeforeValidator(_all_heads_together)] = Axis[Head](together=("all",))
+    queries: Axis[Position] = Axis[Position](each=("last",))
+    keys: Axis[Position] = Axis[Position](each=("first",))
+
+    @model_validator(mode="after")
+    def _keys_not_after_queries(self) -> "KnockoutSpec":
+        for query in self.queries.elements:
+            for key in self.keys.elements:
+                if _surely_after(key, query):
+                    raise problem(
+                        f"found key {key!r} after query {query!r}; allowed: keys at or before the query",
+                        "keys",
+                    )
+        return self
+
+    @property
+    def pieces(self) -> frozenset[str]:
+        """The pieces of the prompts' texts whose positions it names: `subject`, `text:...`."""
+        return frozenset(piece for axis in (self.queries, self.keys) for piece in pieces_of(axis))
+
+    @property
+    def canonical(self) -> str:
+        """The same experiment, however written, as the same JSON: what the names of runs and units are made of."""
+        # Defaults are left out, so that a field to come does not give the experiments of today other names.
+        return json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True, separators=(",", ":"))
+
+    def chooses(self, prompt_id: str) -> bool:
+        """Whether the prompt is one that this experiment measures."""
+        return any(fnmatchcase(prompt_id, pattern) for pattern in self.prompts)
+
+
+def pieces_of(axis: Axis[Position]) -> Iterator[str]:
+    """The pieces of text that an axis of positions names."""
+    for element in axis.elements:
+        if element == "subject":
+            yield "subject"
+        elif isinstance(element, Text):
+            yield element.piece
+
+
+def _surely_after(key: Position, query: Position) -> bool:
+    """Whether `key` is after `query` in prompts of every length (first and last count as different places)."""
+    q, k = (({"first": 0, "last": -1}.get(p, p) if isinstance(p, str) else p) for p in (query, key))
+    if not isinstance(q, int) or not isinstance(k, int):
+        return False
+    return k > q if (k < 0) == (q < 0) else (q, k) == (0, -1)
+
+
+def check(spec: KnockoutSpec, n_layers: int, n_heads: int) -> None:
+    """Whether a model of so many layers and heads has what the experiment names; UserError with what it has not."""
+    _layer_groups(spec, n_layers)
+    _head_groups(spec, n_heads)
+
+
+def count_cells(spec: KnockoutSpec, n_layers: int, n_heads: int) -> int:
+    """How many ablations stand at every edge (or set of edges) of a prompt."""
+    return len(_layer_groups(spec, n_layers)) * len(_head_groups(spec, n_heads))
+
+
+def ablations(spec: KnockoutSpec, prompt: TokenizedPrompt, n_layers: int, n_heads: int) -> list[Ablation]:
+    """Every ablation of one prompt, none twice, ordered by (first query, layers, heads, edges).
+
+    Raises UserError when the model lacks a layer or head, or the prompt a position, or a key stands after its query.
+    """
+    layer_groups, head_groups = _layer_groups(spec, n_layers), _head_groups(spec, n_heads)
+    return [
+        Ablation(layers, heads, edges)
+        for _, at_query in groupby(_edge_groups(spec, prompt), key=lambda edges: edges[0][0])
+        for group in [list(at_query)]
+        for layers in layer_groups
+        for heads in head_groups
+        for edges in group
+    ]
+
+
+def ablation_id(model_id: str, token_ids: Sequence[int], ablation: Ablation, n_heads: int) -> str:
+    """16 hexadecimal digits that name the cell in every run, revision and dtype.
+
+    All heads, whether listed or None, are the same cell.
+    """
+    heads = None if ablation.heads is None or len(set(ablation.heads)) == n_heads else sorted(set(ablation.heads))
+    cell = [
+        "knockout",
+        model_id,
+        list(token_ids),
+        sorted(set(ablation.layers)),
+        heads,
+        sorted(set(ablation.edges)),
+    ]
+    return sha256(json.dumps(cell, separators=(",", ":")).encode()).hexdigest()[:16]
+
+
+def _layer_groups(spec: KnockoutSpec, n_layers: int) -> list[tuple[int, ...]]:
+    def resolve(layer: Layer) -> Iterable[int]:
+        match layer:
+            case "all":
+                return range(n_layers)
+            case "middle":
+                return (n_layers // 2,)
+            case float():
+                # Decimal, since 0.29 * 100 is 28.999... as floats.
+                return (min(n_layers - 1, int(Decimal(str(layer)) * n_layers)),)
+            case int():
+                return (_index(layer, n_layers, spec, "layers"),)
+            case Window():
+                return ()
+
+    groups = [group for group in spec.layers.groups(resolve) if group]
+    for element in spec.layers.elements:
+        if isinstance(element, Window):
+            below, above = element.window // 2, element.window - element.window // 2
+            groups += [tuple(range(max(0, at - below), min(n_layers, at + above))) for at in range(n_layers)]
+    return sorted(set(groups))
+
+
+def _head_groups(spec: KnockoutSpec, n_heads: int) -> list[tuple[int, ...] | None]:
+    if spec.heads.together == ("all",):
+        return [None]
+
+    def resolve(head: Head) -> Iterable[int]:
+        return range(n_heads) if head == "all" else (_index(head, n_heads, spec, "heads"),)
+
+    return [*spec.heads.groups(resolve)]
+
+
+def _index(index: int, size: int, spec: KnockoutSpec, field: Literal["layers", "heads"]) -> int:
+    if not -size <= index < size:
+        raise UserError(
+            f"experiment {spec.name!r}: {field}: {index} is out of range: "
+            f"the model has {size} {field} (0 to {size - 1}, or -{size} to -1)"
+        )
+    return index % size
+
+
+def _edge_groups(spec: KnockoutSpec, prompt: TokenizedPrompt) -> list[tuple[tuple[int, int], ...]]:
+    """The edges of every measurement on a prompt, ascending. With `all`, only those of a causal model are taken."""
+    only_causal = "all" in spec.queries.elements or "all" in spec.keys.elements
+    found: list[tuple[tuple[int, int], ...]] = []
+    key_groups = _positions(spec, spec.keys, prompt)
+    for queries in _positions(spec, spec.queries, prompt):
+        for keys in key_groups:
+            edges = tuple((query, key) for query in queries for key in keys if key <= query)
+            if len(edges) < len(queries) * len(keys) and not only_causal:
+                raise UserError(
+                    f"experiment {spec.name!r}: prompt {prompt.prompt.id!r}: "
+                    f"key position {max(keys)} is after query position {min(queries)}",
+                    hint=f"Its tokens are {list(prompt.tokens)}.",
+                )
+            if edges:
+                found.append(edges)
+    return sorted(found)
+
+
+def _positions(spec: KnockoutSpec, axis: Axis[Position], prompt: TokenizedPrompt) -> list[tuple[int, ...]]:
+    size = len(prompt.token_ids)
+
+    def resolve(position: Position) -> Iterable[int]:
+        match position:
+            case "all":
+                return range(size)
+            case "first":
+                return (0,)
+            case "last":
+                return (size - 1,)
+            case int() if -size <= position < size:
+                return (position % size,)
+            case int():
+                raise UserError(
+                    f"experiment {spec.name!r}: prompt {prompt.prompt.id!r}: position {position} is out of range: "
+                    f"the prompt has {size} tokens",
+                    hint=f"They are {list(prompt.tokens)}.",
+                )
+            case "subject" | Text():
+                piece = position if isinstance(position, str) else position.piece
+                if piece not in prompt.pieces:
+                    raise UserError(f"experiment {spec.name!r}: prompt {prompt.prompt.id!r} has no piece {piece!r}")
+                return prompt.pieces[piece]
+
+    return axis.groups(resolve)
 
 
 SCHEMA = pa.schema(

@@ -1,0 +1,69 @@
+"""What everything in a job file is made of: models that know their fields, and errors that say what would be right."""
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+
+
+class Fields(BaseModel):
+    """A part of a job: frozen, and unknown fields are errors that suggest the nearest known one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields_only(cls, data: object) -> object:
+        fields = list(cls.model_fields)
+        if isinstance(data, cls):
+            return data
+        if not isinstance(data, dict):
+            raise problem(f"found {data!r}; allowed: a mapping of {', '.join(fields)}", found=data)
+        unknown: list[object] = [key for key in data if key not in fields]  # pyright: ignore[reportUnknownVariableType]
+        if unknown:
+            raise problems(
+                (f"unknown field; allowed: {', '.join(fields)}{near(key, fields)}", (key,)) for key in unknown
+            )
+        return data  # pyright: ignore[reportUnknownVariableType]
+
+
+def problem(message: str, *loc: str | int, found: object = None) -> ValidationError:
+    """An error of a validator that is about a place within what it validates: `loc`, field names and indices."""
+    return problems([(message, loc)], found=found)
+
+
+def problems(each: Iterable[tuple[str, tuple[object, ...]]], *, found: object = None) -> ValidationError:
+    """The same for several (message, place) at once."""
+    details = [
+        InitErrorDetails(
+            # The message travels as a value: pydantic would read braces in it as places to fill in.
+            type=PydanticCustomError("raymi", "{message}", {"message": message}),
+            loc=tuple(part if isinstance(part, int) else str(part) for part in loc),
+            input=found,
+        )
+        for message, loc in each
+    ]
+    return ValidationError.from_exception_data("job", details)
+
+
+def near(found: object, allowed: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` when `found` is nearly one of `allowed`, else nothing."""
+    matches = get_close_matches(str(found), list(allowed), n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def say(error: ErrorDetails) -> str:
+    """One error of pydantic in raymi's words: what was found and what is allowed, but not where."""
+    found, message = error["input"], error["msg"]
+    match error["type"]:
+        case "missing":
+            return "is missing"
+        case "raymi":
+            return message
+        case "literal_error":
+            allowed: list[str] = re.findall(r"'([^']*)'", error.get("ctx", {})["expected"])
+            return f"found {found!r}; allowed: {', '.join(allowed)}{near(found, allowed)}"
+        case _:
+            return f"found {found!r}; {message[:1].lower()}{message[1:]}"

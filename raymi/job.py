@@ -1,0 +1,144 @@
+"""The job: what to measure, on which models and prompts, as a YAML file says it."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import filter as matching
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from raymi.errors import UserError
+from raymi.experiments.knockout.spec import KnockoutSpec, pieces_of
+from raymi.fields import Fields, near, problem, say
+from raymi.prompts import Bos, Prompt
+from raymi.promptsets import resolve
+from raymi.yamlfile import YamlFile
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _number(value: object) -> object:
+    """A size as a number, which may be written `500M` or `1.5B`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMB])", value.strip().upper()) if isinstance(value, str) else None
+    if found:
+        return round(float(found[1]) * {"K": 10**3, "M": 10**6, "B": 10**9}[found[2]])
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise problem(f"found {value!r}; allowed: a number of parameters, such as 500M or 1.5B", found=value)
+
+
+References = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_listed)]
+
+
+class Models(Fields):
+    """Which of the cached models: ids (`org/name`), other revisions (`org/name@revision`), shell patterns (`org/*`)."""
+
+    include: References = Field(default=("*",), min_length=1)
+    exclude: References = ()
+    max_parameters: Annotated[int | None, BeforeValidator(_number)] = None
+    """The largest model to take."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out(cls, data: object) -> object:
+        return {"include": cast(object, data)} if isinstance(data, str | list | tuple) else data
+
+
+class Job(Fields):
+    """A job with its prompts read: what travels to the replicas, and into the manifest, as JSON."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    """What its runs are called; a file's own name when it gives none."""
+    models: Models = Models()
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    prompts: Annotated[tuple[Prompt, ...], BeforeValidator(resolve)] = Field(min_length=1)
+    bos: Bos = "auto"
+    chat_template: bool = Field(default=False, strict=True)
+    experiments: tuple[KnockoutSpec, ...] = Field(min_length=1)
+    top_k: int = Field(default=10, strict=True, ge=0)
+    """How many of the most changed tokens a row holds."""
+    seed: int = Field(default=0, strict=True)
+    unit_ablations: int = Field(default=512, strict=True, ge=1)
+    """Most ablations that are leased, retried and committed together."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Job":
+        if self.chat_template and self.bos != "auto":
+            raise problem(f"found {self.bos!r}; allowed: auto, since a chat template writes BOS itself", "bos")
+        names = [spec.name for spec in self.experiments]
+        for index, spec in enumerate(self.experiments):
+            if spec.name in names[:index]:
+                raise problem(
+                    f"found {spec.name!r} again; every experiment has a name of its own", "experiments", index
+                )
+            self._has_what_it_measures(spec, index)
+        return self
+
+    def _has_what_it_measures(self, spec: KnockoutSpec, index: int) -> None:
+        """Whether there are the prompts that an experiment chooses, and in them the pieces of text that it names."""
+        ids = [prompt.id for prompt in self.prompts]
+        for at, pattern in enumerate(spec.prompts):
+            if not matching(ids, pattern):
+                message = f"found {pattern!r}, which matches the id of no prompt{near(pattern, ids)}"
+                raise problem(message, "experiments", index, "prompts", at)
+        for field, axis in (("queries", spec.queries), ("keys", spec.keys)):
+            for piece in pieces_of(axis):
+                for prompt in self.prompts:
+                    if spec.chooses(prompt.id) and prompt.piece(piece) is None:
+                        message = f"found {piece!r}, which prompt {prompt.id!r} has not: {prompt.text!r}"
+                        raise problem(message, "experiments", index, field)
+
+    @property
+    def run_name(self) -> str:
+        """The name, and a hash of all that changes the numbers. Models and prompts may be added to a run."""
+        experiments = sorted(spec.canonical for spec in self.experiments)
+        what = json.dumps([experiments, self.dtype, self.bos, self.chat_template, self.top_k])
+        return f"{self.name}-{sha256(what.encode()).hexdigest()[:8]}"
+
+    @property
+    def pieces(self) -> frozenset[str]:
+        """The pieces of text whose positions its experiments name."""
+        return frozenset[str]().union(*(spec.pieces for spec in self.experiments))
+
+
+def load_job(path: Path, sets: Sequence[str] = ()) -> Job:
+    """Reads a job file.
+
+    Args:
+        path: the YAML file; the prompt files that it names are relative to it.
+        sets: `key=value` with dotted keys, such as `experiments.0.layers=all`; they win over the file.
+
+    Raises:
+        UserError: naming file (or `--set`), line, field, what was found and what is allowed.
+    """
+    file = YamlFile(path)
+    for assignment in sets:
+        file.set(assignment)
+    data = file.data()
+    data.setdefault("name", path.stem)
+    try:
+        return Job.model_validate(data, context={"folder": path.parent})
+    except ValidationError as errors:
+        raise UserError("\n".join(_at(file, error) for error in errors.errors())) from None
+
+
+def _at(file: YamlFile, error: ErrorDetails) -> str:
+    place = file.place(error["loc"])
+    return f"{place}: {error['loc'][-1]} {say(error)}" if error["type"] == "missing" else f"{place}: {say(error)}"
+
+
+def make_job(data: Mapping[str, object]) -> Job:
+    """The same from values, such as those of a command line; errors name the field."""
+    try:
+        return Job.model_validate(data)
+    except ValidationError as errors:
+        raise UserError(
+            "\n".join(f"{'.'.join(map(str, error['loc']))}: {say(error)}" for error in errors.errors())
+        ) from None

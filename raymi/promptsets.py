@@ -1,0 +1,174 @@
+"""Where a job's prompts come from: written in the job, a file, or a set that comes with raymi."""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import sha256
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError, ValidationInfo, model_validator
+
+from raymi.errors import UserError
+from raymi.fields import Fields, near, problem, say
+from raymi.prompts import Prompt
+
+
+class Written(Fields):
+    """A prompt as it is written in a job or in a row of a file."""
+
+    text: str
+    answer: str | None = Field(default=None, min_length=1)
+    """What should follow the text, with its leading blank."""
+    wrong: str | None = Field(default=None, min_length=1)
+    """Another answer, to measure the first against."""
+    subject: str | None = Field(default=None, min_length=1)
+    id: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "Written":
+        if not self.text.strip():
+            raise problem("found an empty prompt", "text")
+        if self.subject is not None and self.subject not in self.text:
+            raise problem(f"found {self.subject!r}, which is not in the text {self.text!r}", "subject")
+        if self.wrong is not None and self.answer is None:
+            raise problem("a wrong answer needs an answer", "wrong")
+        if self.wrong is not None and self.wrong == self.answer:
+            raise problem(f"found {self.wrong!r}, which is the answer itself", "wrong")
+        return self
+
+    def prompts(self, _folder: Path) -> list[Prompt]:
+        said = [self.text, self.answer, self.wrong, self.subject]
+        name = self.id or sha256(json.dumps(said).encode()).hexdigest()[:12]
+        return [Prompt(name, self.text, self.answer, self.wrong, self.subject)]
+
+
+class FromFile(Fields):
+    """Prompts of a JSONL, CSV or Parquet file; its path is relative to the job file."""
+
+    file: Path
+
+    @model_validator(mode="after")
+    def _is_there(self, info: ValidationInfo) -> "FromFile":
+        if self.file.suffix not in _READERS:
+            raise problem(f"found {str(self.file)!r}; allowed: a file that ends in {', '.join(_READERS)}", "file")
+        if not (_folder(info) / self.file).is_file():
+            raise problem(f"there is no file {str(_folder(info) / self.file)!r}", "file")
+        return self
+
+    def prompts(self, folder: Path) -> list[Prompt]:
+        return read_file(folder / self.file)
+
+
+class FromSet(Fields):
+    """A set of prompts that comes with raymi."""
+
+    set: Literal["capitals", "ioi"]
+    """`capitals` of countries, with the country as subject; `ioi`, indirect object identification, with the name that
+    occurs twice as subject and as wrong answer."""
+
+    def prompts(self, _folder: Path) -> list[Prompt]:
+        with as_file(files("raymi") / "data" / f"{self.set}.jsonl") as path:
+            return read_file(path)
+
+
+def _kind(value: object) -> str:
+    """Which source is meant: unlike a union, this leaves one error and not three."""
+    keys: Iterable[object] = cast(Mapping[object, object], value) if isinstance(value, Mapping) else ()
+    return next((f"<{key}>" for key in ("file", "set") if key in keys), "<written>")
+
+
+_SOURCES = TypeAdapter[tuple[Written | FromFile | FromSet, ...]](
+    tuple[
+        Annotated[
+            Annotated[Written, Tag("<written>")]
+            | Annotated[FromFile, Tag("<file>")]
+            | Annotated[FromSet, Tag("<set>")],
+            Discriminator(_kind),
+        ],
+        ...,
+    ]
+)
+
+
+def resolve(value: object, info: ValidationInfo) -> tuple[Prompt, ...]:
+    """A pydantic validator: the prompts of a job's field `prompts`; files are sought in the context's `folder`."""
+    entries = value if isinstance(value, list | tuple) else [value]
+    prompts: list[Prompt] = []
+    seen: set[str] = set()
+    for index, source in enumerate(_SOURCES.validate_python(entries, context=info.context)):
+        for prompt in source.prompts(_folder(info)):
+            if prompt.id in seen:
+                raise problem(f"found a second prompt with the id {prompt.id!r}: {prompt.text!r}", index)
+            seen.add(prompt.id)
+            prompts.append(prompt)
+    return tuple(prompts)
+
+
+def _folder(info: ValidationInfo) -> Path:
+    return (info.context or {}).get("folder", Path())
+
+
+def read_file(path: Path) -> list[Prompt]:
+    """The prompts of a JSONL, CSV or Parquet file. UserError with file and line (Parquet: row) where one is wrong.
+
+    Columns are the fields of an inline prompt; others are passed over unless they look like one misspelt.
+    """
+    prompts: list[Prompt] = []
+    seen: dict[str, str] = {}
+    try:
+        for place, row in _READERS[path.suffix](path):
+            prompt = _prompt(f"{path}:{place}", row)
+            if prompt.id in seen:
+                raise UserError(f"{path}:{place}: id: {prompt.id!r} is already the id of {seen[prompt.id]}")
+            seen[prompt.id] = place
+            prompts.append(prompt)
+    except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if not prompts:
+        raise UserError(f"{path}: holds no prompts")
+    return prompts
+
+
+def _prompt(place: str, row: object) -> Prompt:
+    if isinstance(row, Mapping):
+        row = cast(Mapping[str, object], row)
+        absent = Written.model_fields.keys() - row.keys()
+        row = {key: value for key, value in row.items() if key in Written.model_fields or near(key, absent)}
+    try:
+        return Written.model_validate(row).prompts(Path())[0]
+    except ValidationError as errors:
+        raise UserError(
+            "\n".join(": ".join([place, *map(str, error["loc"]), say(error)]) for error in errors.errors())
+        ) from None
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield f"{number}", json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path}:{number}: is no JSON: {error.msg} at column {error.colno}") from None
+
+
+def _csv(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        rows = csv.DictReader(lines, strict=True)
+        for row in rows:
+            if None in row:
+                raise UserError(f"{path}:{rows.line_num}: has more fields than the header")
+            # A CSV file cannot tell nothing from an empty text; only the text of a prompt must not be empty.
+            yield f"{rows.line_num}", {key: value for key, value in row.items() if value or key == "text"}
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(pq.ParquetFile(path).read().to_pylist(), 1):
+        yield f"row {number}", row
+
+
+_READERS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}

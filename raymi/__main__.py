@@ -1,0 +1,5 @@
+"""`python -m raymi` is `raymi`."""
+
+from raymi.cli.main import main
+
+main()

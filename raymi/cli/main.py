@@ -1,0 +1,60 @@
+"""The `raymi` command. It imports a verb only when that verb is asked for, so that `raymi --help` is quick."""
+
+import gc
+import sys
+from importlib import import_module
+
+import click
+
+from raymi.errors import UserError
+
+VERBS = {
+    "models": "List the models in the Hugging Face cache and say which can run.",
+    "fetch": "Download models into the cache.",
+    "knockout": "Knock out attention in one place and print what changes.",
+    "run": "Run a job file: the sweep.",
+    "runs": "List the runs in a store.",
+    "report": "Show a run's results as tables.",
+}
+"""Each is the name of its module in `raymi.cli`."""
+INTERRUPTED = 130
+
+
+class Verbs(click.Group):
+    """A click group that knows its commands by name and imports the one that is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs, in the order in which a user meets them."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Imports a verb."""
+        return import_module(f"raymi.cli.{cmd_name}").command if cmd_name in VERBS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Lists the verbs from `VERBS`, where click would import them all."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="raymi")
+def raymi() -> None:
+    """Attention-knockout experiments in batches, over every cached Hugging Face model, on Ray."""
+
+
+def main() -> None:
+    """Runs the command line and exits: with a verb's own code, a mistake's code (2), or 130 after Ctrl-C."""
+    gc.set_threshold(100_000)  # imports and file headers make many small objects and no cycles: a fifth of the time
+    try:
+        code = raymi.main(prog_name="raymi", standalone_mode=False)
+    except UserError as error:
+        click.echo(f"Error: {error}", err=True)
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except click.Abort:
+        click.echo("Interrupted.", err=True)
+        code = INTERRUPTED
+    sys.exit(code)

@@ -10,10 +10,10 @@ from typing import Any
 import polars as pl
 
 from raymi.errors import UserError
-from raymi.store import ownership
+from raymi.store import layout, ownership
 from raymi.store.manifest import Issue, Manifest
 from raymi.store.objects import Entry, Objects
-from raymi.store.schemas import SCHEMAS
+from raymi.store.scan import scan
 from raymi.store.writer import Run
 
 HEARTBEAT_SECONDS = 10.0
@@ -74,19 +74,8 @@ class Store:
         Returns:
             The columns of the table's schema, always all of them, and `run` and `model` (the slug), both strings.
         """
-        schema = dict(pl.Schema(SCHEMAS[table]))
-        files = [self.objects.uri(entry.key) for entry in self._live_files(run) if entry.key.startswith(f"{table}/")]
-        if not files:
-            return pl.LazyFrame(schema=schema | {"run": pl.String(), "model": pl.String()})
-        # Partitions come from the path by pattern: hive parsing also takes any `x=y` above the store for one.
-        frame = pl.scan_parquet(
-            files, schema=schema, glob=False, hive_partitioning=False, missing_columns="insert", extra_columns="ignore",
-            include_file_paths="model",
-        )  # fmt: skip
-        parts = pl.col("model").str.replace_all("\\", "/", literal=True)
-        return frame.with_columns(
-            run=parts.str.extract(r"/run=([^/]+)/model=[^/]+/[^/]+$"), model=parts.str.extract(r"/model=([^/]+)/[^/]+$")
-        )
+        entries = self._live_files(run)
+        return scan(self.objects, table, (entry.key for entry in entries if layout.group_of(entry.key)[0] == table))
 
     def take(
         self,

@@ -17,6 +17,7 @@ from raymi.store import compaction, layout, ownership, schemas
 from raymi.store.manifest import Manifest, Status
 from raymi.store.objects import Objects
 from raymi.store.ownership import RunLost
+from raymi.store.scan import scan
 from raymi.store.secret import scrub
 
 MAX_ROWS = 65_536
@@ -188,16 +189,13 @@ class Run:
         )
 
     def _read_units(self) -> set[str]:
-        files = self._files("ablations")
-        if not files:
-            return set()
-        return set(pl.scan_parquet(files, glob=False).select(pl.col("unit_id").unique()).collect()["unit_id"])
+        return set(self._scan("ablations").select(pl.col("unit_id").unique()).collect()["unit_id"])
 
-    def _files(self, table: str, model_slug: str | None = None) -> list[str]:
-        groups = (
-            (entry.key, layout.group_of(entry.key)) for entry in ownership.live_files(self.objects, self.manifest)
+    def _scan(self, table: str, model_slug: str | None = None) -> pl.LazyFrame:
+        live = [(entry.key, *layout.group_of(entry.key)) for entry in ownership.live_files(self.objects, self.manifest)]
+        return scan(
+            self.objects, table, [key for key, of, model in live if of == table and model_slug in (None, model)]
         )
-        return [self.objects.uri(key) for key, (of, model) in groups if of == table and model_slug in (None, model)]
 
     def _new_units(self, data: pa.Table) -> pa.Table:
         units = _units(data)
@@ -208,7 +206,7 @@ class Run:
     def _new_keys(self, group: tuple[str, str], data: pa.Table) -> pa.Table:
         table, model_slug = group
         key = list(schemas.KEYS[table])
-        known = [pl.scan_parquet(file, glob=False).select(key) for file in self._files(table, model_slug)]
+        known = [self._scan(table, model_slug).select(key)]
         if buffer := self._buffers.get(group):
             known += [_frame(part.select(key)).lazy() for part in buffer.tables]
         rows = _frame(data.select(key)).lazy().with_row_index("row").unique(key, keep="first")

@@ -1,0 +1,77 @@
+# make help says what there is. Everything is installed into .venv, and nowhere else.
+
+PYTHON ?= python3
+VENV ?= .venv
+# A package index for torch alone, such as https://download.pytorch.org/whl/cpu for a machine without a GPU.
+TORCH_INDEX ?=
+STORE ?= demo-store
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CACHE = $${RAYMI_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/raymi}
+
+.PHONY: help venv demo models test lint bench oracle clean
+.NOTPARALLEL:
+
+help:
+	@echo 'make demo    install raymi, fetch the demo models and run a small knockout sweep over them'
+	@echo 'make test    install what the tests need, fetch the demo models and run the tests'
+	@echo 'make oracle  only the tests that compare with computations that are not raymi'"'"'s'
+	@echo 'make lint    formatting, lint, types, and which room may import which'
+	@echo 'make bench   raymi and its peers side by side'
+	@echo 'make venv    only the virtual environment ($(VENV)) with raymi in it'
+	@echo 'make clean   remove the virtual environment and caches; results and models stay'
+	@echo
+	@echo 'On a machine without a GPU: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu'
+	@echo 'With another Python (3.11 to 3.13): make demo PYTHON=python3.12'
+
+venv: $(VENV)/.demo
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo 'raymi needs Python 3.11, 3.12 or 3.13, and "$(PYTHON)" is none of them.' >&2; \
+	  echo 'Name one: make PYTHON=/path/to/python3.12 ...' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@if [ -n '$(TORCH_INDEX)' ]; then \
+	  echo 'installing torch from $(TORCH_INDEX)'; $(PIP) --no-deps torch --index-url '$(TORCH_INDEX)'; fi
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.made
+	@echo 'installing raymi into $(VENV) ...'
+	@$(PIP) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt $(VENV)/.made
+	@echo 'installing raymi and what its tests need into $(VENV) ...'
+	@$(PIP) -e '.[test]'
+	@touch $@ $(VENV)/.demo
+
+models: $(VENV)/.demo
+	@$(BIN)/python demo/models.py
+
+demo: models
+	@$(BIN)/raymi run jobs/demo.yaml --cache-dir "$(CACHE)/hub" --store $(STORE)
+	@echo
+	@echo 'What next:  $(BIN)/raymi report --store $(STORE)'
+
+test: $(VENV)/.test
+	@$(BIN)/python demo/models.py
+	$(BIN)/python -m pytest
+
+oracle: $(VENV)/.test
+	@$(BIN)/python demo/models.py
+	$(BIN)/python -m pytest -m oracle
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check --quiet
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+	$(BIN)/lint-imports --no-logo
+
+bench: $(VENV)/.test
+	@$(BIN)/python demo/models.py
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

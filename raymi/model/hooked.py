@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from raymi.model import memory
-from raymi.model.attention import NAME, Cut, Tap, attach
+from raymi.model.attention import NAME, Cut, Prefix, Tap, attach
 from raymi.model.edited_mask import edited_masks
 from raymi.model.interventions import Intervention
-from raymi.model.sites import IN_ATTENTION, Block, NoSuchPlace, Site, blocks, decoder_layers, first_tensor, hidden_input, parse
+from raymi.model.sites import IN_ATTENTION, Block, NoSuchPlace, Site, backbone, blocks, decoder_layers, first_tensor, hidden_input, parse
 from raymi.model.sizes import Shape, rows_per_batch
 
 
@@ -49,7 +49,7 @@ class Output(NamedTuple):
 class Batch(NamedTuple):
     """Ablations that went through the model together with the clean prompts that they belong to."""
 
-    cells: slice
+    cells: Sequence[int]
     """Which of the requested ablations these are."""
     clean_PV: Tensor
     """Logits of the clean prompts of this batch, float32."""
@@ -67,6 +67,16 @@ class Cell:
     prompt: int
     """Which of the prompts."""
     interventions: tuple[Intervention, ...]
+
+    @property
+    def first_layer(self) -> int:
+        """Nothing below this layer changes."""
+        return min(i.layer for i in self.interventions)
+
+    @property
+    def first_query(self) -> int:
+        """Nothing at a position before this one changes."""
+        return min(i.first_query for i in self.interventions)
 
 
 class HookedModel:
@@ -87,10 +97,12 @@ class HookedModel:
         )
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._rows: dict[int, int] = {}
-        self._tap = Tap()
+        self.tap = Tap()
+        self.tolerance = 1e-3
+        """Logit difference that is still noise; measured at load."""
         for module in model.modules():
             if hasattr(module, "layer_idx"):
-                attach(module, self._tap)
+                attach(module, self.tap)
         self.dispatches: bool = self._dispatch()
         """Whether the family calls raymi's attention function; if not, its masks are edited."""
         self.blocks: list[Block] = self._find_blocks()
@@ -108,9 +120,9 @@ class HookedModel:
             self.model.set_attn_implementation("eager")
             return False
         self._forward(self.probe_ids())
-        if not self._tap.called:
+        if not self.tap.called:
             self.model.set_attn_implementation("eager")
-        return bool(self._tap.called)
+        return bool(self.tap.called)
 
     def _find_blocks(self) -> list[Block]:
         def run() -> object:
@@ -118,21 +130,44 @@ class HookedModel:
 
         layers = decoder_layers(self.model, self.n_layers, run)
         if self.dispatches:
-            asked = set(self._tap.called.values())
+            asked = set(self.tap.called.values())
             found = [next((m for m in layer.modules() if m in asked), None) for layer in layers]
         else:
             found = [_takes_a_mask(layer) for layer in layers]
         if not any(found):
             raise NoSuchPlace(f"{type(self.model).__name__} has no attention that raymi can reach")
+        self.backbone = backbone(self.model, layers, run)
         return blocks(layers, found.__getitem__, run)
 
     # -- forwards ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _forward(self, ids_BT: Tensor) -> Tensor:
+    def _forward(self, ids_BT: Tensor, n_rows: int | None = None, **given: object) -> Tensor:
         keep = {"logits_to_keep": 1} if self._keeps_logits else {}
-        self._tap.begin(len(ids_BT), self.device)
-        return self.model(ids_BT, use_cache=False, **keep).logits[:, -1].float()
+        self.tap.begin(n_rows or len(ids_BT), self.device)
+        return self.model(ids_BT, **{"use_cache": False, **given}, **keep).logits[:, -1].float()
+
+    def suffix(
+        self, ids_1S: Tensor, interventions: Sequence[Sequence[Intervention]], prefix: Prefix, cache: Cache
+    ) -> None:
+        """A forward of the positions behind a clean prefix, for `cone`; positions of the interventions are the prompt's."""
+        n_rows = len(interventions)
+        expected_B = self._arm(interventions, n_rows, prefix.length)
+        self.tap.prefix = prefix
+        try:
+            self._forward(ids_1S, n_rows, past_key_values=cache, use_cache=True)
+            assert self.tap.fired_B is not None and self.tap.empty_B is not None
+            self.tally = self.tap.fired_B, self.tap.empty_B
+        finally:
+            self.tap.clear()
+        self._fired_as(expected_B, self.tally[0])
+
+    def unembedded(self, ids_11: Tensor) -> Tensor:
+        """Logits of whatever hidden states the base model is made to return, for `cone`; [A, V] float32."""
+        logits_AV = self._forward(ids_11)
+        if not bool(logits_AV.isfinite().all()):
+            raise NotFinite(f"{self.name}: NaN or infinity in the logits of an ablation")
+        return logits_AV
 
     def forward(
         self,
@@ -167,17 +202,16 @@ class HookedModel:
                 logits_BV = self._forward(ids_BT)
                 if not bool(logits_BV.isfinite().all()):
                     raise NotFinite(self._blame(ids_BT))
-            for (layer, name), value in self._tap.captures.items():
+            for (layer, name), value in self.tap.captures.items():
                 if value is not None:
                     cache[f"blocks.{layer}.attn.hook_{name}"] = value
-            fired_B, empty_B = self._tap.fired_B, self._tap.empty_B
+            fired_B, empty_B = self.tap.fired_B, self.tap.empty_B
             assert fired_B is not None and empty_B is not None
         finally:
-            self._tap.clear()
+            self.tap.clear()
             if edits:
                 self.model.set_attn_implementation(NAME)
-        if not torch.equal(fired_B.cpu(), expected_B):
-            raise NotFired(f"{self.name}: {expected_B.tolist()} edges were to be cut, {fired_B.tolist()} were")
+        self._fired_as(expected_B, fired_B)
         return Output(logits_BV, {name: cache[name] for name in capture}, fired_B, empty_B)
 
     def ablations(self, ids_PT: Tensor, cells: Sequence[Cell]) -> Iterator[Batch]:
@@ -213,7 +247,7 @@ class HookedModel:
         out = self.forward(ids_PT[rows], [*nothing, *(cell.interventions for cell in cells[batch])])
         prompt_A = torch.tensor([place[cell.prompt] for cell in cells[batch]], device=self.device)
         n = len(prompts)
-        return Batch(batch, out.logits_BV[:n], out.logits_BV[n:], prompt_A, out.fired_B[n:], out.empty_B[n:])
+        return Batch(range(batch.start, batch.stop), out.logits_BV[:n], out.logits_BV[n:], prompt_A, out.fired_B[n:], out.empty_B[n:])
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -235,26 +269,33 @@ class HookedModel:
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
-    def _arm(self, interventions: Sequence[Sequence[Intervention]], n_rows: int) -> Tensor:
-        """Put the cuts on the tap; returns how many edges each row must lose, [B]."""
+    def _fired_as(self, expected_B: Tensor, fired_B: Tensor) -> None:
+        if not torch.equal(fired_B.cpu(), expected_B):
+            wrong = int((fired_B.cpu() != expected_B).nonzero()[0])
+            raise NotFired(
+                f"{self.name}: {int(expected_B[wrong])} edges were to be cut in row {wrong}, {int(fired_B[wrong])} were"
+            )
+
+    def _arm(self, interventions: Sequence[Sequence[Intervention]], n_rows: int, start: int = 0) -> Tensor:
+        """Put the cuts on the tap; returns how many edges each row must lose, [B]. `start`: the first position computed."""
         edges: dict[int, set[tuple[int, int, int, int]]] = {}
         for row, of_row in enumerate(interventions):
             for mask in of_row:
                 if not 0 <= mask.layer < self.n_layers or self.blocks[mask.layer].attention is None:
                     raise NotFired(f"{self.name}: layer {mask.layer} has no attention to cut")
                 heads = range(self.n_heads) if mask.heads is None else mask.heads
-                edges.setdefault(mask.layer, set()).update((row, h, q, k) for h in heads for q, k in mask.edges)
+                edges.setdefault(mask.layer, set()).update((row, h, q - start, k) for h in heads for q, k in mask.edges)
         expected_B = torch.zeros(n_rows, dtype=torch.long)
         for layer, quadruples in edges.items():
-            self._tap.cuts[layer] = Cut.of(sorted(quadruples), n_rows, self.device)
-            expected_B += self._tap.cuts[layer].per_row_B.cpu()
+            self.tap.cuts[layer] = Cut.of(sorted(quadruples), n_rows, self.device)
+            expected_B += self.tap.cuts[layer].per_row_B.cpu()
         return expected_B
 
     def _edited_masks(self) -> ExitStack:
         attention = {i: b.attention for i, b in enumerate(self.blocks) if b.attention is not None}
         z = {i: b.z for i, b in enumerate(self.blocks) if b.z is not None}
         stack = ExitStack()
-        stack.enter_context(edited_masks(self._tap, attention, z, self.n_heads))
+        stack.enter_context(edited_masks(self.tap, attention, z, self.n_heads))
         return stack
 
     def _watch(self, sites: Sequence[Site], shape: torch.Size, stack: ExitStack) -> dict[str, Tensor]:
@@ -267,7 +308,7 @@ class HookedModel:
             inside = site.name.removeprefix("attn.hook_")
             if site.layer is not None and inside in IN_ATTENTION:
                 self._need(self.dispatches and self.blocks[site.layer].attention, site, "its attention is its own")
-                self._tap.captures[site.layer, inside] = None
+                self.tap.captures[site.layer, inside] = None
             else:
                 stack.callback(self._keep(site, shape, cache).remove)
         return cache

@@ -17,5 +17,10 @@ class Mask:
     edges: tuple[tuple[int, int], ...]
     """(query position, key position), key <= query."""
 
+    @property
+    def first_query(self) -> int:
+        """Nothing at a position before this one changes."""
+        return min(query for query, _ in self.edges)
+
 
 Intervention = Mask

@@ -127,6 +127,32 @@ def decoder_layers(model: nn.Module, n_layers: int, run: Callable[[], object]) -
     raise NoSuchPlace(f"no list of {n_layers} decoder layers that are called in order was found")
 
 
+def backbone(model: nn.Module, layers: list[nn.Module], run: Callable[[], object]) -> nn.Module:
+    """What a causal language model calls to get the hidden states that it unembeds.
+
+    Args:
+        model: the model with its head.
+        layers: its decoder layers.
+        run: runs a short forward.
+    """
+    called: list[nn.Module] = []
+
+    def note(module: nn.Module, _: object, output: object) -> None:
+        if isinstance(getattr(output, "last_hidden_state", None), Tensor):
+            called.append(module)
+
+    around = [m for m in model.modules() if m is not model and layers[0] in set(m.modules()) and m is not layers[0]]
+    handles = [module.register_forward_hook(note) for module in around]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not called:
+        raise NoSuchPlace(f"{type(model).__name__} has no part that returns the last hidden states")
+    return called[-1]  # the outermost returns last
+
+
 @dataclass(slots=True)
 class _Call:
     module: nn.Module

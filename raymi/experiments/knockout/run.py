@@ -48,7 +48,7 @@ def run(
     cells = [Cell(p, tuple(Mask(layer, a.heads, a.edges) for layer in a.layers)) for p, a in work]
     tables: list[pa.Table] = []
     for batch in model.ablations(ids_PT, cells):
-        rows = [(prompts[unit.items[p][0]], ablation) for p, ablation in work[batch.cells]]
+        rows = [(prompts[unit.items[p][0]], ablation) for p, ablation in (work[i] for i in batch.cells)]
         columns = {
             "unit_id": [unit.unit_id] * len(rows),
             "experiment": [unit.experiment] * len(rows),

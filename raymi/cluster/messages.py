@@ -120,8 +120,10 @@ class Backend(Protocol):
 
 # What the driver is told
 
-Stage = Literal["place", "prepare", "plan", "load", "run"]
+Stage = Literal["plan", "load", "unit", "replica"]
+"""Where something failed: reading the prompts or cutting units, loading, measuring, or the process itself."""
 NoteKind = Literal["start", "loaded", "lost", "stop", "done"]
+
 Phase = Literal["waiting", "tokenising", "loading", "running", "done", "failed"]
 
 
@@ -142,6 +144,7 @@ class Trouble:
     stage: Stage
     failure: Failed
     final: bool
+    attempt: int = 1
 
     @property
     def unit_id(self) -> str | None:

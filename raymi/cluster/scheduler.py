@@ -1,14 +1,14 @@
 """Leases and placement: which replica measures which units, and what happens when one fails or is lost.
 
-Pure Python. What is carried out is the backend's business (Ray, or this process) and the clock is injected, so a thousand
-replicas and every failure are tested in milliseconds. The driver's loop is
+Pure Python. What is carried out is the backend's business (Ray, or this process) and the clock is injected, so a
+thousand replicas and every failure are tested in milliseconds. The driver's loop is
 
     outcomes = scheduler.step([])
     while not scheduler.finished:
         outcomes = scheduler.step(backend.poll(0.5))
 
-Units never change; chunks, the units leased at one time, follow the clock. A unit may be leased twice (by an idle replica at
-the end), the first delivery wins. Nothing is restarted or retried anywhere else.
+Units never change; chunks, the units leased at one time, follow the clock. A unit may be leased twice (by an idle
+replica at the end), the first delivery wins. Nothing is restarted or retried anywhere else.
 """
 
 import itertools
@@ -79,6 +79,10 @@ class _Work:
     @property
     def cost(self) -> int:
         return max(1, self.unit.flops)
+
+    @property
+    def tries(self) -> int:
+        return self.attempts + self.deaths
 
 
 @dataclass(slots=True)
@@ -160,7 +164,7 @@ class Scheduler:
     Args:
         backend: carries out the decisions.
         clock: seconds, never going back (`time.monotonic`).
-        plan: given a model and its tokenised prompts, the units that are still to be measured, or why there can be none.
+        plan: given a model and its tokenised prompts, the units that are still to be measured, or why it cannot run.
         guesses: models to run, with a guess of their work in flops.
         units: units of the models whose prompts are known already.
     """
@@ -265,7 +269,7 @@ class Scheduler:
 
     def _on_broken(self, replica: _Replica, failure: Failed) -> None:
         model = replica.model
-        stage = "prepare" if replica.phase == "tokenising" else "load"
+        stage = "plan" if replica.phase == "tokenising" else "load"
         self._release(replica)
         if failure.oom and not model.roomy:
             model.roomy = True
@@ -325,7 +329,7 @@ class Scheduler:
         model.not_before = self._clock() + min(most, first * 2 ** (model.strikes - 1))
         self._release(replica)
         if suspect and suspect.last and not suspect.final:
-            self._outbox.append(Trouble(model.key, "run", suspect.last, final=False))
+            self._outbox.append(Trouble(model.key, "replica", suspect.last, final=False, attempt=suspect.tries))
         if not self._finish_if_done(model) and not self._stopping:
             self._give_up_if_hopeless(model, loss, loading)
 
@@ -335,7 +339,7 @@ class Scheduler:
         elif model.loading_strikes >= LOADING_STRIKES or model.strikes >= STRIKES:
             many = model.loading_strikes if loading else model.strikes
             text = f"its process was lost {many} times in a row, at last: {loss.message}"
-            self._fail_model(model, "load" if loading else "run", Failed(None, f"replica lost ({loss.kind})", text))
+            self._fail_model(model, "replica", Failed(None, f"replica lost ({loss.kind})", text))
 
     # Units
 
@@ -344,7 +348,7 @@ class Scheduler:
         work.last = failure
         self._give_back(model, work)
         if not work.final:
-            self._outbox.append(Trouble(model.key, "run", failure, final=False))
+            self._outbox.append(Trouble(model.key, "unit", failure, final=False, attempt=work.tries))
 
     def _give_back(self, model: _Model, work: _Work) -> None:
         """Queue a unit that one lease no longer holds, unless another still does, or it has had its chances."""
@@ -352,7 +356,8 @@ class Scheduler:
             return
         if work.last and (work.deaths >= DEATHS or work.attempts >= ATTEMPTS):
             self._settle(model, work, "failed")
-            self._outbox.append(Trouble(model.key, "run", work.last, final=True))
+            stage = "replica" if work.deaths >= DEATHS else "unit"
+            self._outbox.append(Trouble(model.key, stage, work.last, final=True, attempt=work.tries))
         else:
             model.queue(work)
 
@@ -460,7 +465,7 @@ class Scheduler:
         number = next(self._numbers)
         answer = self._backend.start(number, model.key, share=min(1.0, share), roomy=model.roomy)
         if isinstance(answer, Impossible):
-            self._fail_model(model, "place", Failed(None, "Impossible", answer.reason))
+            self._fail_model(model, "replica", Failed(None, "Impossible", answer.reason))
             return False
         if answer == "full":
             return False
@@ -510,9 +515,10 @@ def _in_hand(replica: _Replica) -> _Work | None:
 
 
 def _status(model: _Model) -> Status:
-    phases: set[Phase] = {replica.phase for replica in model.replicas.values()}
-    order: tuple[Phase, ...] = ("running", "loading", "tokenising")
-    alive: Phase = next((phase for phase in order if phase in phases), "waiting")
+    phases = {replica.phase for replica in model.replicas.values()}
+    alive: Phase = "waiting"
+    for phase in ("tokenising", "loading", "running"):
+        alive = phase if phase in phases else alive
     units = None if model.work is None else len(model.work)
     return Status(
         phase=model.final or alive,

@@ -142,25 +142,23 @@ class SimulatedBackend:
             return
         simulated.busy = True
         lease, pending = simulated.queue[0]
-        if not pending or simulated.drained:
+        if simulated.drained or not pending:
             self._later(0.0, LeaseEnded(replica, lease), lambda: self._next_lease(replica))
             return
         unit = pending.pop(0)
         seconds = self.behaviour.seconds * unit.flops
-        match self.behaviour.fate(replica, unit):
-            case "done":
-                item: Done | Failed = Done(unit.unit_id, {}, seconds)
-            case "raises":
-                item = Failed(unit.unit_id, "ValueError", "NaN")
-            case "oom":
-                item = Failed(unit.unit_id, "OutOfMemoryError", "no memory", oom=True)
-            case "silent":
-                simulated.busy = False
-                return self._go_on(replica)
-            case ("dies" | "node dies") as fate:
-                kind = "node" if fate == "node dies" else "process"
-                return self._later(seconds, Lost(replica, kind, "killed"))
-        self._later(seconds, Delivered(replica, lease, item), lambda: self._next_unit(replica))
+        fate = self.behaviour.fate(replica, unit)
+        outcomes: dict[str, Done | Failed] = {
+            "done": Done(unit.unit_id, {}, seconds),
+            "raises": Failed(unit.unit_id, "ValueError", "NaN"),
+            "oom": Failed(unit.unit_id, "OutOfMemoryError", "no memory", oom=True),
+        }
+        if fate in outcomes:
+            self._later(seconds, Delivered(replica, lease, outcomes[fate]), lambda: self._next_unit(replica))
+        elif fate == "silent":
+            self._next_unit(replica)
+        else:
+            self._later(seconds, Lost(replica, "node" if fate == "node dies" else "process", "killed"))
 
     def _next_unit(self, replica: int) -> None:
         self.alive[replica].busy = False

@@ -373,7 +373,7 @@ def test_a_thousand_replicas_cost_milliseconds_each():
     result = run(work, backend)
     seconds = time.perf_counter() - began
     starts = sum(isinstance(o, Note) and o.what == "start" for o in result.outcomes)
-    lost = {model for model in result.failed_models()}
+    lost = set(result.failed_models())
     assert starts > 300
     assert len(result.done()) + len(result.failed_units()) >= 500 * (20 - len(lost))
     assert seconds < 0.005 * (starts + 10_000)

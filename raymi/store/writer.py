@@ -192,10 +192,9 @@ class Run:
         return set(self._scan("ablations").select(pl.col("unit_id").unique()).collect()["unit_id"])
 
     def _scan(self, table: str, model_slug: str | None = None) -> pl.LazyFrame:
-        live = [(entry.key, *layout.group_of(entry.key)) for entry in ownership.live_files(self.objects, self.manifest)]
-        return scan(
-            self.objects, table, [key for key, of, model in live if of == table and model_slug in (None, model)]
-        )
+        folder = layout.partition(table, self.name) + (f"/model={model_slug}/" if model_slug else "/")
+        live = (entry.key for entry in ownership.live_files(self.objects, self.manifest))
+        return scan(self.objects, table, [key for key in live if key.startswith(folder)])
 
     def _new_units(self, data: pa.Table) -> pa.Table:
         units = _units(data)

@@ -386,6 +386,33 @@ def test_a_driver_that_wakes_during_the_takeover_takes_no_row_with_it(
     assert plain_keys(tmp_path) == keys("u1", "u2")
 
 
+def test_a_driver_stopped_inside_the_commit_of_a_compaction_deletes_nothing(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = overdue(store)
+    for name in ("u1", "u2"):
+        add_units(old, name)
+        old.flush()
+    save = ownership.save
+    taken: list[Run] = []
+
+    def save_late(objects: Any, manifest: Any) -> None:
+        if not taken and len(manifest.live or []) == 1:  # the merged file has just replaced the two small ones
+            monkeypatch.setattr(ownership, "save", save)
+            taken.append(takeover(store))
+        save(objects, manifest)
+
+    monkeypatch.setattr(ownership, "save", save_late)
+    with pytest.raises(RunLost):
+        compaction.compact(old)
+    with taken[0] as new:
+        assert new.done_units() == {"u1", "u2"}
+        assert read_keys(store) == keys("u1", "u2")
+        new.flush()
+        new.close("done")
+    assert plain_keys(tmp_path) == keys("u1", "u2")
+
+
 # The end
 
 

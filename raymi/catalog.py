@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,11 @@ class CachedModel:
     @property
     def runnable(self) -> bool:
         return self.reason is None
+
+    @property
+    def damaged(self) -> bool:
+        """Whether files are missing or spoilt, which `fetch` mends."""
+        return (self.reason or "").startswith(("incomplete", "truncated", "corrupt"))
 
 
 @dataclass(slots=True)
@@ -141,15 +147,23 @@ def fetch(ref: str, cache_dir: Path | None = None, *, allow_pickle: bool = False
 
     id, _, revision = ref.partition("@")
     try:
-        branch = revision or None
-        needed = snapshot.files_needed(HfApi().list_repo_files(id, revision=branch))
+        needed = snapshot.files_needed(HfApi().list_repo_files(id, revision=revision or None))
         _refuse_unloadable(id, needed, allow_pickle=allow_pickle)
-        snapshot_download(
-            id, revision=revision or None, cache_dir=cache_dir, allow_patterns=[escape(n) for n in needed]
+        download = partial(
+            snapshot_download,
+            id,
+            revision=revision or None,
+            cache_dir=cache_dir,
+            allow_patterns=[escape(name) for name in needed],
         )
+        download()
+        model = find(ref, cache_dir, allow_pickle=allow_pickle)
+        if model.damaged:  # huggingface_hub takes any file of the right name for the right file
+            download(force_download=True)
+            model = find(ref, cache_dir, allow_pickle=allow_pickle)
     except (HTTPError, OSError, ValueError) as error:
         raise _unfetched(id, revision, error) from None
-    return find(ref, cache_dir, allow_pickle=allow_pickle)
+    return model
 
 
 def _refuse_unloadable(id: str, needed: list[str], *, allow_pickle: bool) -> None:
@@ -288,7 +302,7 @@ def _files(folder: Path) -> set[str]:
     try:
         with os.scandir(folder) as entries:
             there = {entry.name: entry.is_file() for entry in entries}
-    except FileNotFoundError:
+    except OSError:
         raise DamagedError("incomplete snapshot: its folder is missing") from None
     lost = [name for name in snapshot.files_needed(there) if not there[name]]
     if lost:

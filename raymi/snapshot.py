@@ -155,7 +155,10 @@ def weights(folder: Path, present: set[str], config: Mapping[str, Any]) -> Weigh
     tensors: dict[str, dict[str, Any]] = {}
     for file in files:
         tensors |= safetensors_header(folder / file)
-    return Weights(files, pickle=False, parameters=_parameters(tensors, config), dtype=_stored_dtype(tensors))
+    try:
+        return Weights(files, pickle=False, parameters=_parameters(tensors, config), dtype=_stored_dtype(tensors))
+    except (ValueError, TypeError, AttributeError):
+        raise DamagedError(f"corrupt file: the header of {files[0]} does not describe tensors") from None
 
 
 def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
@@ -179,12 +182,12 @@ def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
     try:
         header: dict[str, dict[str, Any]] = json.loads(raw)
         header.pop("__metadata__", None)
-        ends = [
-            tensor["data_offsets"][1] for tensor in header.values() if tensor["dtype"] and tensor["shape"] is not None
-        ]
+        ends = [tensor["data_offsets"][1] for tensor in header.values() if {"dtype", "shape"} <= tensor.keys()]
+        if len(ends) < len(header):
+            raise corrupt
+        expected = 8 + length + max(ends, default=0)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise corrupt from None
-    expected = 8 + length + max(ends, default=0)
     if size < expected:
         raise DamagedError(f"truncated file: {file.name} has {size:,} of {expected:,} bytes")
     if size > expected:

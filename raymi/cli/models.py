@@ -48,8 +48,8 @@ def _show(models: list[CachedModel]) -> None:
         click.echo("\nCannot run:")
     for model in stopped:
         click.echo(fill(f"  {model.id}: {model.reason}", width or 10_000, subsequent_indent="    "))
-    if any("incomplete" in (model.reason or "") for model in stopped):
-        click.echo("\n`raymi fetch ID` completes an incomplete snapshot.")
+    if any(model.damaged for model in stopped):
+        click.echo("\n`raymi fetch MODEL` downloads what is missing or damaged.")
 
 
 def _cells(model: CachedModel) -> list[str]:

@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 # A package index for torch alone, such as https://download.pytorch.org/whl/cpu for a machine without a GPU.
 TORCH_INDEX ?=
-STORE ?= demo-store
+STORE ?= results/demo
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+UNREACHED = { echo 'raymi could not be installed: see above what pip could not reach, and from where.' >&2; exit 1; }
 CACHE = $${RAYMI_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/raymi}
 
 .PHONY: help venv demo models test lint bench oracle clean
@@ -38,12 +39,12 @@ $(VENV)/.made:
 
 $(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.made
 	@echo 'installing raymi into $(VENV) ...'
-	@$(PIP) -e '.[demo]'
+	@$(PIP) -e '.[demo]' || $(UNREACHED)
 	@touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt $(VENV)/.made
 	@echo 'installing raymi and what its tests need into $(VENV) ...'
-	@$(PIP) -e '.[test]'
+	@$(PIP) -e '.[test]' || $(UNREACHED)
 	@touch $@ $(VENV)/.demo
 
 models: $(VENV)/.demo

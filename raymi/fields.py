@@ -1,10 +1,11 @@
 """What everything in a job file is made of: models that know their fields, and errors that say what would be right."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from difflib import get_close_matches
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 
@@ -27,6 +28,24 @@ class Fields(BaseModel):
                 (f"unknown field; allowed: {', '.join(fields)}{near(key, fields)}", (key,)) for key in unknown
             )
         return data  # pyright: ignore[reportUnknownVariableType]
+
+
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_listed)]
+"""Names or shell patterns; one may stand alone."""
+
+
+def _some(value: Sized) -> Sized:
+    if not value:
+        raise problem("found nothing; allowed: at least one")
+    return value
+
+
+NotEmpty = AfterValidator(_some)
+"""As pydantic's `min_length=1`, which also speaks up when an item is wrong."""
 
 
 def problem(message: str, *loc: str | int, found: object = None) -> ValidationError:

@@ -13,14 +13,10 @@ from pydantic_core import ErrorDetails
 
 from raymi.errors import UserError
 from raymi.experiments.knockout.spec import KnockoutSpec, pieces_of
-from raymi.fields import Fields, near, problem, say
+from raymi.fields import Fields, Names, NotEmpty, near, problem, say
 from raymi.prompts import Bos, Prompt
 from raymi.promptsets import resolve
 from raymi.yamlfile import YamlFile
-
-
-def _listed(value: object) -> object:
-    return [value] if isinstance(value, str) else value
 
 
 def _number(value: object) -> object:
@@ -33,14 +29,11 @@ def _number(value: object) -> object:
     raise problem(f"found {value!r}; allowed: a number of parameters, such as 500M or 1.5B", found=value)
 
 
-References = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_listed)]
-
-
 class Models(Fields):
     """Which of the cached models: ids (`org/name`), other revisions (`org/name@revision`), shell patterns (`org/*`)."""
 
-    include: References = Field(default=("*",), min_length=1)
-    exclude: References = ()
+    include: Annotated[Names, NotEmpty] = ("*",)
+    exclude: Names = ()
     max_parameters: Annotated[int | None, BeforeValidator(_number)] = None
     """The largest model to take."""
 
@@ -58,10 +51,10 @@ class Job(Fields):
     models: Models = Models()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
-    prompts: Annotated[tuple[Prompt, ...], BeforeValidator(resolve)] = Field(min_length=1)
+    prompts: Annotated[tuple[Prompt, ...], BeforeValidator(resolve), NotEmpty]
     bos: Bos = "auto"
     chat_template: bool = Field(default=False, strict=True)
-    experiments: tuple[KnockoutSpec, ...] = Field(min_length=1)
+    experiments: Annotated[tuple[KnockoutSpec, ...], NotEmpty]
     top_k: int = Field(default=10, strict=True, ge=0)
     """How many of the most changed tokens a row holds."""
     seed: int = Field(default=0, strict=True)
@@ -130,8 +123,12 @@ def load_job(path: Path, sets: Sequence[str] = ()) -> Job:
 
 
 def _at(file: YamlFile, error: ErrorDetails) -> str:
-    place = file.place(error["loc"])
-    return f"{place}: {error['loc'][-1]} {say(error)}" if error["type"] == "missing" else f"{place}: {say(error)}"
+    *within, last = error["loc"]
+    return (
+        f"{file.place(within)}: {last} {say(error)}"
+        if error["type"] == "missing"
+        else f"{file.place(error['loc'])}: {say(error)}"
+    )
 
 
 def make_job(data: Mapping[str, object]) -> Job:

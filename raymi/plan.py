@@ -182,7 +182,7 @@ def _blocks(work: Iterable[tuple[TokenizedPrompt, list[Ablation]]], size: int) -
         yield block
 
 
-def _unit(about: list[object], experiment: str, block: Block, flops: int) -> Unit:
+def _unit(about: Sequence[object], experiment: str, block: Block, flops: int) -> Unit:
     # Ids of prompts may be the user's, who may write another text under the same id: tokens tell.
     items = [
         [p.prompt.id, p.token_ids, p.answer_id, p.wrong_id, [(a.layers, a.heads, a.edges) for a in part]]

@@ -120,10 +120,11 @@ def read_file(path: Path) -> list[Prompt]:
     prompts: list[Prompt] = []
     seen: dict[str, str] = {}
     try:
-        for place, row in _READERS[path.suffix](path):
-            prompt = _prompt(f"{path}:{place}", row)
+        for number, row in _READERS[path.suffix](path):
+            place = f"{path}:{number}"
+            prompt = _prompt(place, row)
             if prompt.id in seen:
-                raise UserError(f"{path}:{place}: id: {prompt.id!r} is already the id of {seen[prompt.id]}")
+                raise UserError(f"{place}: id: {prompt.id!r} is already the id of {seen[prompt.id]}")
             seen[prompt.id] = place
             prompts.append(prompt)
     except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:

@@ -59,15 +59,15 @@ class YamlFile:
     def place(self, path: Sequence[str | int]) -> str:
         """`file:line: field` of what stands at a path, or of the deepest part of the path that the file has.
 
-        Parts of the path that are not in the file are passed over: validation adds names of its own on the way.
+        Parts of the path that are not in the file are passed over, but for the first: validation adds names of its own.
         """
         node: yaml.Node = self._root
-        seen, field = node, ""
-        for part in path:
+        seen, field = node, str(path[0]) if path else ""
+        for depth, part in enumerate(path):
             child = _child(node, part)
             if child is not None:
                 seen, node = child
-                field = f"{field}.{part}" if field else str(part)
+                field = f"{field}.{part}" if depth else field
         if node.start_mark.name.startswith("--set "):
             return f"{node.start_mark.name}: {field}"
         where = f"{seen.start_mark.name}:{seen.start_mark.line + 1}"

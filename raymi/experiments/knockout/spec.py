@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from raymi.errors import UserError
-from raymi.fields import Fields, near, problem
+from raymi.fields import Fields, Names, NotEmpty, near, problem
 from raymi.prompts import TokenizedPrompt
 
 
@@ -156,7 +156,7 @@ class KnockoutSpec(Fields):
 
     kind: Literal["knockout"]
     name: str = Field(default="knockout", min_length=1)
-    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=("*",), min_length=1)
+    prompts: Annotated[Names, NotEmpty] = ("*",)
     """Ids of the job's prompts to measure, as shell patterns."""
     layers: Axis[Layer]
     heads: Annotated[Axis[Head], BeforeValidator(_all_heads_together)] = Axis[Head](together=("all",))
@@ -211,11 +211,6 @@ def check(spec: KnockoutSpec, n_layers: int, n_heads: int) -> None:
     """Whether a model of so many layers and heads has what the experiment names; UserError with what it has not."""
     _layer_groups(spec, n_layers)
     _head_groups(spec, n_heads)
-
-
-def count_cells(spec: KnockoutSpec, n_layers: int, n_heads: int) -> int:
-    """How many ablations stand at every edge (or set of edges) of a prompt."""
-    return len(_layer_groups(spec, n_layers)) * len(_head_groups(spec, n_heads))
 
 
 def ablations(spec: KnockoutSpec, prompt: TokenizedPrompt, n_layers: int, n_heads: int) -> list[Ablation]:

@@ -1,0 +1,281 @@
+"""What a knockout experiment means on a model and a prompt of known sizes."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from raymi.errors import UserError
+from raymi.experiments.knockout.spec import SCHEMA, Ablation, KnockoutSpec, ablation_id, ablations, check
+from raymi.prompts import Prompt, TokenizedPrompt
+
+L, H = 12, 4
+
+
+def spec(**fields: Any) -> KnockoutSpec:
+    return KnockoutSpec.model_validate({"kind": "knockout", "layers": "middle", **fields})
+
+
+def prompt(size: int = 5, **pieces: tuple[int, ...]) -> TokenizedPrompt:
+    names = tuple(f"t{index}" for index in range(size))
+    return TokenizedPrompt(Prompt("p", " ".join(names)), tuple(range(size)), names, False, None, None, pieces)
+
+
+def layers(value: Any, n_layers: int = L) -> list[tuple[int, ...]]:
+    return [ablation.layers for ablation in ablations(spec(layers=value), prompt(), n_layers, H)]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("all", [(layer,) for layer in range(L)]),
+        ({"together": "all"}, [tuple(range(L))]),
+        ("middle", [(6,)]),
+        (3, [(3,)]),
+        (-1, [(11,)]),
+        ([5, 0, -12], [(0,), (5,)]),
+        ({"together": [5, 0, -1]}, [(0, 5, 11)]),
+        (0.5, [(6,)]),
+        ([0.0, 0.25, 1.0], [(0,), (3,), (11,)]),
+        ({"each": ["middle", 0.5, 6]}, [(6,)]),
+        ({"window": 1}, [(layer,) for layer in range(L)]),
+    ],
+    ids=str,
+)
+def test_layers(value: Any, expected: list[tuple[int, ...]]) -> None:
+    assert layers(value) == expected
+
+
+def test_middle_of_an_odd_number() -> None:
+    assert layers("middle", 5) == layers(0.5, 5) == [(2,)]
+
+
+def test_fractions_are_decimal() -> None:
+    assert layers(0.29, 100) == [(29,)]  # 0.29 * 100 is 28.999999999999996
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 6, 9, 40])
+def test_windows_are_those_of_geva_et_al(k: int) -> None:
+    centred = [range(max(0, at - k // 2), min(L, at + -(-k // 2))) for at in range(L)]
+    assert layers({"window": k}) == sorted({tuple(window) for window in centred})
+
+
+def test_windows_and_layers_side_by_side() -> None:
+    assert layers([{"window": 3}, 0], 3) == [(0,), (0, 1), (0, 1, 2), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("all", [None]),
+        ({"together": "all"}, [None]),
+        ({"each": "all"}, [(0,), (1,), (2,), (3,)]),
+        (2, [(2,)]),
+        ([-1, 0], [(0,), (3,)]),
+        ({"together": [3, 1]}, [(1, 3)]),
+    ],
+    ids=str,
+)
+def test_heads(value: Any, expected: list[tuple[int, ...] | None]) -> None:
+    assert [ablation.heads for ablation in ablations(spec(heads=value), prompt(), L, H)] == expected
+
+
+PIECES = {"subject": (1, 2), "text:t3": (3,)}
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "expected"),
+    [
+        ("last", "first", [[(4, 0)]]),
+        (-2, 1, [[(3, 1)]]),
+        (["last", 4, -1], [0, -5], [[(4, 0)]]),
+        ("last", "subject", [[(4, 1)], [(4, 2)]]),
+        ("last", {"together": "subject"}, [[(4, 1), (4, 2)]]),
+        ({"text": "t3"}, {"together": ["subject", "first"]}, [[(3, 0), (3, 1), (3, 2)]]),
+        ({"together": [3, 4]}, {"together": [0, 1]}, [[(3, 0), (3, 1), (4, 0), (4, 1)]]),
+        ({"together": [3, 4]}, [0, 1], [[(3, 0), (4, 0)], [(3, 1), (4, 1)]]),
+        ([3, 4], {"together": [0, 1]}, [[(3, 0), (3, 1)], [(4, 0), (4, 1)]]),
+        (1, "all", [[(1, 0)], [(1, 1)]]),
+        (1, {"together": "all"}, [[(1, 0), (1, 1)]]),
+        # With `all`, what is not causal is left out, and so is a query that no key is left for.
+        ("all", {"together": "subject"}, [[(1, 1)], [(2, 1), (2, 2)], [(3, 1), (3, 2)], [(4, 1), (4, 2)]]),
+        ("all", "last", [[(4, 4)]]),
+        ({"together": "all"}, 3, [[(3, 3), (4, 3)]]),
+    ],
+    ids=str,
+)
+def test_edges(queries: Any, keys: Any, expected: list[list[tuple[int, int]]]) -> None:
+    found = ablations(spec(queries=queries, keys=keys), prompt(**PIECES), L, H)
+    assert [list(ablation.edges) for ablation in found] == expected
+
+
+def test_every_causal_pair() -> None:
+    found = ablations(spec(queries="all", keys="all"), prompt(7), L, H)
+    assert [ablation.edges for ablation in found] == [((q, k),) for q in range(7) for k in range(q + 1)]
+
+
+def test_defaults_are_the_whole_attention_from_last_to_first() -> None:
+    assert ablations(spec(), prompt(), L, H) == [Ablation((6,), None, ((4, 0),))]
+
+
+def test_order_is_by_first_query_then_layers_heads_edges() -> None:
+    wide = spec(layers="all", heads={"each": "all"}, queries=["last", 2, 3], keys=[1, 0])
+    found = ablations(wide, prompt(), L, H)
+    assert found == sorted(found, key=lambda a: (a.edges[0][0], a.layers, a.heads, a.edges))
+    assert len(set(found)) == len(found) == 3 * L * H * 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (
+            {"layers": [3, 12]},
+            "experiment 'knockout': layers: 12 is out of range: the model has 12 layers (0 to 11, or -12 to -1)",
+        ),
+        ({"layers": -13}, "layers: -13 is out of range"),
+        ({"heads": 4}, "heads: 4 is out of range: the model has 4 heads"),
+        ({"heads": {"together": [0, -5]}}, "heads: -5 is out of range"),
+    ],
+    ids=str,
+)
+def test_what_a_model_has_not(fields: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError) as error:
+        check(spec(**fields), L, H)
+    assert expected in str(error.value)
+    check(spec(**fields), 99, 99)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "expected"),
+    [
+        (5, 0, "experiment 'knockout': prompt 'p': position 5 is out of range: the prompt has 5 tokens"),
+        ("last", -6, "position -6 is out of range"),
+        (-3, 3, "prompt 'p': key position 3 is after query position 2"),
+        (1, "subject", "key position 2 is after query position 1"),
+        ("subject", {"together": "subject"}, "key position 2 is after query position 1"),
+        ("last", {"text": "nowhere"}, "prompt 'p' has no piece 'text:nowhere'"),
+    ],
+)
+def test_what_a_prompt_has_not(queries: Any, keys: Any, expected: str) -> None:
+    with pytest.raises(UserError) as error:
+        ablations(spec(queries=queries, keys=keys), prompt(**PIECES), L, H)
+    assert expected in str(error.value)
+
+
+LAYERS = "allowed: all, middle, an index, a negative index, a fraction of depth from 0.0 to 1.0, {window: k}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "place", "message"),
+    [
+        ({"layers": "midle"}, ("layers",), f"found 'midle'; {LAYERS} (did you mean 'middle'?)"),
+        ({"layers": True}, ("layers",), f"found True; {LAYERS}"),
+        ({"layers": None}, ("layers",), f"found None; {LAYERS}"),
+        ({"layers": 1.5}, ("layers",), f"found 1.5; {LAYERS}"),
+        ({"layers": {"widow": 3}}, ("layers",), f"found {{'widow': 3}}; {LAYERS} (did you mean 'window'?)"),
+        ({"layers": {"ech": 3}}, ("layers",), f"found {{'ech': 3}}; {LAYERS} (did you mean 'each'?)"),
+        ({"layers": {"window": 0}}, ("layers", "each", 0, "window"), "greater than or equal to 1"),
+        ({"layers": {"window": 2.0}}, ("layers", "each", 0, "window"), "valid integer"),
+        ({"layers": {"together": {"window": 3}}}, ("layers", "together"), "found a window; windows are taken each"),
+        ({"layers": []}, ("layers", "each"), "found an empty list, which cuts nothing"),
+        ({"heads": {"together": []}}, ("heads", "together"), "found an empty list, which cuts nothing"),
+        ({"heads": 0.5}, ("heads",), "found 0.5; allowed: all, an index, a negative index"),
+        ({"heads": ["all", 1]}, ("heads", "each"), "found all among others"),
+        ({"heads": {"each": 1, "together": 2}}, ("heads",), "allowed: one of each and together"),
+        (
+            {"heads": {"each": 1, "togther": 2}},
+            ("heads", "togther"),
+            "unknown field; allowed: each, together (did you mean 'together'?)",
+        ),
+        ({"keys": "frist"}, ("keys",), "(did you mean 'first'?)"),
+        ({"keys": {"text": ""}}, ("keys", "each", 0, "text"), "at least 1 character"),
+        ({"queries": "first", "keys": "last"}, ("keys",), "found key 'last' after query 'first'"),
+        ({"queries": 2, "keys": {"together": [0, 5]}}, ("keys",), "found key 5 after query 2"),
+        ({"queries": [-1, -3], "keys": -1}, ("keys",), "found key -1 after query -3"),
+        ({"queries": "first", "keys": 1}, ("keys",), "found key 1 after query 'first'"),
+        ({"layrs": "all"}, ("layrs",), "unknown field"),
+        ({"kind": "knockot"}, ("kind",), "knockout"),
+        ({"prompts": []}, ("prompts",), "at least one"),
+    ],
+    ids=str,
+)
+def test_bad_fields(fields: dict[str, Any], place: tuple[str | int, ...], message: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        spec(**fields)
+    [only] = error.value.errors()
+    assert only["loc"][: len(place)] == place
+    assert message in only["msg"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"queries": 2, "keys": 2},
+        {"queries": "first", "keys": "first"},
+        {"queries": "all", "keys": 3},
+        {"queries": -3, "keys": 2},
+    ],
+    ids=str,
+)
+def test_keys_that_may_be_before_their_query(fields: dict[str, Any]) -> None:
+    assert ablations(spec(**fields), prompt(), L, H)
+
+
+AXES = {
+    "layers": ["all", "middle", [0, -1], 1.0, {"window": 3}, {"together": [0.5, 1]}],
+    "heads": ["all", {"each": "all"}, [0, 2], {"together": [1, 3]}],
+    "queries": ["last", [3, 4], "all", {"together": [-1, {"text": "t3"}]}],
+    "keys": ["first", "all", {"together": "all"}, {"each": [0, {"text": "t3"}]}],
+}
+
+
+@given(st.fixed_dictionaries({name: st.sampled_from(values) for name, values in AXES.items()}))
+def test_specs_survive_json_and_rows_are_what_they_say(fields: dict[str, Any]) -> None:
+    one = spec(**fields)
+    again = KnockoutSpec.model_validate(json.loads(json.dumps(one.model_dump(mode="json"))))
+    assert (again, again.canonical) == (one, one.canonical)
+    text = prompt(**PIECES)
+    try:
+        found = ablations(one, text, L, H)
+    except UserError:
+        return
+    assert found
+    assert len({ablation_id("m", text.token_ids, ablation, H) for ablation in found}) == len(found)
+    for ablation in found:
+        assert list(ablation.layers) == sorted(set(ablation.layers))
+        assert set(ablation.layers) <= set(range(L))
+        assert ablation.edges
+        assert all(0 <= key <= query < 5 for query, key in ablation.edges)
+
+
+def test_canonical_is_the_same_however_written() -> None:
+    plain = spec(layers="all", heads="all", queries="last", keys="first", name="knockout")
+    full = spec(layers={"each": ["all"]}, heads={"together": ["all"]}, queries={"each": "last"})
+    assert plain.canonical == full.canonical
+    assert len({one.canonical for one in (plain, spec(layers=0), spec(layers=0.0), spec(heads={"each": "all"}))}) == 4
+
+
+def test_ablation_id() -> None:
+    one = Ablation((1, 2), None, ((4, 0), (4, 1)))
+    known = ablation_id("org/model", (7, 8, 9, 10, 11), one, H)
+    assert known == ablation_id("org/model", [7, 8, 9, 10, 11], Ablation((1, 2), (0, 1, 2, 3), one.edges), H)
+    assert known == "a210edb30785024a"  # runs of years are joined by it: it never changes
+    others = [
+        ablation_id("org/other", (7, 8, 9, 10, 11), one, H),
+        ablation_id("org/model", (7, 8, 9, 10, 12), one, H),
+        ablation_id("org/model", (7, 8, 9, 10, 11), Ablation((1,), None, one.edges), H),
+        ablation_id("org/model", (7, 8, 9, 10, 11), Ablation((1, 2), (0, 1, 2), one.edges), H),
+        ablation_id("org/model", (7, 8, 9, 10, 11), Ablation((1, 2), (0, 1, 2, 3), one.edges), H + 1),
+        ablation_id("org/model", (7, 8, 9, 10, 11), Ablation((1, 2), None, ((4, 0),)), H),
+    ]
+    assert len({known, *others}) == 7
+
+
+def test_a_null_list_of_heads_is_kept_in_rows() -> None:
+    assert SCHEMA.field("heads").nullable
+    assert SCHEMA.names[:9] == [
+        "unit_id", "ablation_id", "experiment", "model_id", "revision", "dtype", "prompt_id", "n_tokens", "layers",
+    ]  # fmt: skip

@@ -1,0 +1,332 @@
+"""Which models run, and which units they are given."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raymi.catalog import CachedModel
+from raymi.errors import UserError
+from raymi.experiments.knockout.spec import Ablation, ablation_id, ablations
+from raymi.job import Job, load_job, make_job
+from raymi.plan import CutRule, Rates, Rejected, Unit, estimate, full_forward_flops, selected, units
+from raymi.prompts import Prompt, TokenizedPrompt, tokenize
+from tests.tiny_tokenizers import words
+
+JOBS = Path(__file__).parent.parent / "jobs"
+
+
+def model(id: str = "org/small", **fields: Any) -> CachedModel:
+    """SmolLM2 135M, as the catalog describes it, or another."""
+    return dataclasses.replace(
+        CachedModel(
+            id=id,
+            revision="a" * 40,
+            path=Path("/cache") / id,
+            model_type="llama",
+            n_layers=30,
+            n_heads=9,
+            hidden_size=576,
+            vocab_size=49_152,
+            context=2_048,
+            parameters=134_515_008,
+            size_on_disk=269_000_000,
+            dtype="bfloat16",
+            reason=None,
+        ),
+        **fields,
+    )
+
+
+def job(*experiments: dict[str, Any], **fields: Any) -> Job:
+    given = [{"kind": "knockout", **experiment} for experiment in experiments or ({"layers": "all"},)]
+    return make_job({"name": "j", "prompts": [{"text": "a"}], "experiments": given, **fields})
+
+
+def prompt(id: str = "a", size: int = 5, start: int = 0, **fields: Any) -> TokenizedPrompt:
+    ids = tuple(range(start, start + size))
+    text = TokenizedPrompt(Prompt(id, id), ids, tuple(map(str, ids)), False, 1, None, {"subject": (1, 2)})
+    return dataclasses.replace(text, **fields)
+
+
+# Models.
+
+CATALOG = [
+    model("a/big", parameters=7_000_000_000),
+    model("a/broken", reason="no tokenizer"),
+    model("a/small"),
+    model("b/shallow", n_layers=4),
+    model("b/unknown", parameters=None),
+]
+
+
+def find(reference: str) -> CachedModel:
+    name, _, revision = reference.partition("@")
+    for known in CATALOG:
+        if known.id == name:
+            return dataclasses.replace(known, revision=revision * 40 if revision else known.revision)
+    raise UserError(f"no model {reference}")
+
+
+def ids(models: Sequence[CachedModel]) -> list[str]:
+    return [each.id for each in models]
+
+
+def test_patterns_skip_what_cannot_run_and_say_so() -> None:
+    chosen, rejected = selected(job(models="a/*"), CATALOG, find)
+    assert ids(chosen) == ["a/big", "a/small"]
+    assert rejected == [Rejected("a/broken", "no tokenizer", named=False)]
+
+
+@pytest.mark.parametrize("include", [["a/small", "a/broken"], ["a/*", "a/broken"], ["a/broken", "a/*"]])
+def test_a_named_model_that_cannot_run_is_a_failure(include: list[str]) -> None:
+    chosen, rejected = selected(job(models=include), CATALOG, find)
+    assert "a/small" in ids(chosen)
+    assert rejected == [Rejected("a/broken", "no tokenizer", named=True)]
+
+
+def test_a_named_model_that_is_not_there() -> None:
+    with pytest.raises(UserError, match="no model a/smal"):
+        selected(job(models=["a/*", "a/smal"]), CATALOG, find)
+
+
+def test_each_model_once_in_the_order_of_the_job() -> None:
+    chosen, _ = selected(job(models=["b/shallow", "*", "a/small"]), CATALOG, find)
+    assert ids(chosen) == ["b/shallow", "a/big", "a/small", "b/unknown"]
+
+
+def test_revisions() -> None:
+    chosen, _ = selected(job(models=["a/small@b", "a/small", "a/small@c"]), CATALOG, find)
+    assert [each.revision[0] for each in chosen] == ["b", "a", "c"]
+    excluding = {"include": ["a/small@b", "a/small"], "exclude": ["a/*@bbb"]}
+    assert [each.revision[0] for each in selected(job(models=excluding), CATALOG, find)[0]] == ["a"]
+
+
+def test_exclude_and_largest_size() -> None:
+    chosen, rejected = selected(job(models={"exclude": ["b/s*", "*broken"], "max_parameters": "1B"}), CATALOG, find)
+    assert ids(chosen) == ["a/small"]
+    assert rejected == [
+        Rejected("a/big", "7,000,000,000 parameters, where the job allows 1,000,000,000", named=False),
+        Rejected("b/unknown", "an unknown number of parameters, where the job allows 1,000,000,000", named=False),
+    ]
+
+
+def test_a_pattern_that_matches_nothing_is_told() -> None:
+    _, rejected = selected(job(models=["a/small", "c/*"]), CATALOG, find)
+    assert rejected == [Rejected("c/*", "matches no cached model", named=False)]
+
+
+@pytest.mark.parametrize(
+    ("axes", "reason"),
+    [
+        ({"layers": [0, 29]}, "'knockout': layers: 29 is out of range: the model has 4 layers (0 to 3, or -4 to -1)"),
+        ({"layers": 0, "heads": 8, "name": "deep"}, None),
+    ],
+)
+def test_models_without_a_layer_fail_by_name_and_others_run(axes: dict[str, Any], reason: str | None) -> None:
+    chosen, rejected = selected(job(axes, models=["a/small", "b/sh*"]), CATALOG, find)
+    assert rejected == ([Rejected("b/shallow", f"experiment {reason}", named=True)] if reason else [])
+    assert ids(chosen) == (["a/small"] if reason else ["a/small", "b/shallow"])
+
+
+@pytest.mark.parametrize(
+    ("models", "expected"),
+    [
+        ("a/broken", ["no model to run", "a/broken: no tokenizer"]),
+        ("c/*", ["no model to run", "c/*: matches no cached model", "raymi fetch"]),
+        ({"include": "a/*", "exclude": "*"}, ["no model to run"]),
+    ],
+)
+def test_no_model_left(models: Any, expected: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        selected(job(models=models), CATALOG, find)
+    assert all(part in str(error.value) for part in expected)
+
+
+def test_an_empty_cache() -> None:
+    with pytest.raises(UserError, match="no model to run"):
+        selected(job(), [], find)
+
+
+# Units.
+
+HEADS = {"layers": "all", "heads": {"each": "all"}, "queries": "all", "keys": {"together": "all"}}
+
+
+def cells(cut: Sequence[Unit]) -> list[tuple[str, Ablation]]:
+    return [(id, ablation) for unit in cut for id, part in unit.items for ablation in part]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=8),
+    most=st.integers(1, 100),
+    budget=st.integers(1, 10**13),
+)
+def test_units_hold_everything_once(sizes: list[int], most: int, budget: int) -> None:
+    one, small = job({**HEADS, "heads": "all"}), model(n_layers=3, n_heads=2)
+    prompts = [prompt(f"p{index}", size) for index, size in enumerate(sizes)]
+    rule = CutRule(unit_ablations=most, unit_flops=budget)
+    cut = units(one, one.experiments[0], small, prompts, rule)
+    expected = [(p.prompt.id, a) for p in prompts for a in ablations(one.experiments[0], p, 3, 2)]
+    assert sorted(cells(cut), key=str) == sorted(expected, key=str)
+    assert len({unit.unit_id for unit in cut}) == len(cut)
+    length = {p.prompt.id: len(p.token_ids) for p in prompts}
+    for unit in cut:
+        [n_tokens] = {length[id] for id, _ in unit.items}
+        forward = full_forward_flops(small, n_tokens)
+        assert unit.n_ablations <= most
+        assert unit.n_ablations == 1 or unit.n_ablations * forward <= budget
+        assert unit.flops == forward * (unit.n_ablations + len(unit.items))
+    assert units(one, one.experiments[0], small, prompts, rule) == cut
+
+
+def test_units_follow_length_then_prompt_then_ablation() -> None:
+    one = job({"layers": "all"})
+    cut = units(one, one.experiments[0], model(), [prompt("b", 5), prompt("long", 7), prompt("a", 5)], CutRule(40))
+    assert [[(id, len(part)) for id, part in unit.items] for unit in cut] == [
+        [("b", 30), ("a", 10)],
+        [("a", 20)],
+        [("long", 30)],
+    ]
+    assert [a.layers[0] for _, a in cells(cut)] == [*range(30)] * 3
+
+
+def test_the_job_says_how_many_ablations_a_unit_holds() -> None:
+    one = job({"layers": "all"}, unit_ablations=7)
+    assert [u.n_ablations for u in units(one, one.experiments[0], model(), [prompt()])] == [7, 7, 7, 7, 2]
+
+
+def test_only_the_prompts_that_an_experiment_chooses() -> None:
+    one = make_job(
+        {
+            "name": "j",
+            "prompts": [{"id": "x/1", "text": "a"}, {"id": "y/1", "text": "a"}],
+            "experiments": [{"kind": "knockout", "layers": "all", "prompts": "x/*"}],
+        }
+    )
+    cut = units(one, one.experiments[0], model(), [prompt("x/1"), prompt("y/1")])
+    assert {id for id, _ in cells(cut)} == {"x/1"}
+
+
+def test_unit_ids_are_pinned() -> None:
+    """A run that goes on after an upgrade must find its units again."""
+    one = job({"layers": "middle"})
+    [unit] = units(one, one.experiments[0], model(), [prompt()])
+    assert unit.unit_id == "2ed62de4a13866a0"
+
+
+CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    # name: (experiment, job, model, prompt)
+    "experiment": ({"layers": "middle", "heads": 0}, {}, {}, {}),
+    "name": ({"layers": "middle", "name": "other"}, {}, {}, {}),
+    "dtype": ({}, {"dtype": "bfloat16"}, {}, {}),
+    "top_k": ({}, {"top_k": 3}, {}, {}),
+    "model": ({}, {}, {"id": "org/other"}, {}),
+    "commit": ({}, {}, {"revision": "b" * 40}, {}),
+    "layers": ({}, {}, {"n_layers": 28}, {}),
+    "prompt": ({}, {}, {}, {"id": "other"}),
+    "tokens": ({}, {}, {}, {"start": 1}),
+    "answer": ({}, {}, {}, {"answer_id": 7}),
+    "wrong": ({}, {}, {}, {"wrong_id": 7}),
+}
+
+
+def test_a_unit_is_another_when_its_rows_would_be() -> None:
+    def unit_id(experiment: dict[str, Any], fields: dict[str, Any], of: dict[str, Any], text: dict[str, Any]) -> str:
+        one = job(experiment or {"layers": "middle"}, **fields)
+        [unit] = units(one, one.experiments[0], model(**of), [prompt(**text)])
+        return unit.unit_id
+
+    found = {name: unit_id(*change) for name, change in CHANGES.items()}
+    assert len({unit_id({}, {}, {}, {}), *found.values()}) == len(CHANGES) + 1
+    same = unit_id({"layers": "middle"}, {"device": "cpu", "seed": 3, "models": "x/*"}, {"size_on_disk": 1}, {})
+    assert same == unit_id({}, {}, {}, {})
+
+
+def test_prompts_that_do_not_fit() -> None:
+    one = job({"layers": "all"})
+    with pytest.raises(UserError, match="org/small: prompt 'a' has 9 tokens, more than the model's context of 8"):
+        units(one, one.experiments[0], model(context=8), [prompt(size=9)])
+    for context in (9, None):
+        assert units(one, one.experiments[0], model(context=context), [prompt(size=9)])
+
+
+def test_a_config_that_does_not_say_how_large_the_model_is() -> None:
+    one = job({"layers": "all"})
+    with pytest.raises(UserError, match=r"org/small: its config\.json does not say how many layers"):
+        units(one, one.experiments[0], model(n_layers=None), [prompt()])
+
+
+def test_a_hundred_thousand_ablations_are_planned_at_once() -> None:
+    one = job({"layers": "all", "heads": {"each": "all"}, "queries": "all", "keys": "all"})
+    begin = time.process_time()
+    cut = units(one, one.experiments[0], model(), [prompt(size=28)])
+    assert time.process_time() - begin < 4  # about 1 s on an idle core
+    assert sum(unit.n_ablations for unit in cut) == 30 * 9 * 28 * 29 // 2 > 100_000
+
+
+# The jobs that ship, by their numbers of rows.
+
+
+def rows(name: str, n_layers: int, n_heads: int) -> dict[str, int]:
+    """Rows of every experiment of a shipped job on a model whose tokenizer knows all the words."""
+    one = load_job(JOBS / f"{name}.yaml")
+    known = [word for p in one.prompts for word in f"{p.text} {p.answer} {p.wrong}".split()]
+    tokenizer = words(list(dict.fromkeys(known)))
+    prompts = tokenize(one.prompts, tokenizer, bos="auto", chat_template=False, pieces=one.pieces, model_id="m")
+    of = model(n_layers=n_layers, n_heads=n_heads)
+    found: dict[str, int] = {}
+    for spec in one.experiments:
+        cut = units(one, spec, of, prompts)
+        texts = {p.prompt.id: p.token_ids for p in prompts}
+        names = {ablation_id("m", texts[id], ablation, n_heads) for id, ablation in cells(cut)}
+        assert len(names) == len(cells(cut))
+        found[spec.name] = len(names)
+    return found
+
+
+@pytest.mark.parametrize(("n_layers", "n_heads"), [(30, 9), (4, 4), (12, 1), (1, 2)])
+def test_rows_of_the_jobs_that_ship(n_layers: int, n_heads: int) -> None:
+    assert rows("knockout", n_layers, n_heads) == {"knockout": 1}
+    assert rows("heads", n_layers, n_heads) == {"heads": n_layers * n_heads}
+    assert rows("demo", n_layers, n_heads) == {"heads": 2 * n_layers * n_heads, "middle": 54}
+    # Windows of 5 around every layer; in a model of few layers some of them are the same.
+    windows = len({(max(0, at - 2), min(n_layers, at + 3)) for at in range(n_layers)})
+    assert rows("subject", n_layers, n_heads) == {"subject": 54 * windows}
+    assert windows == n_layers or n_layers < 5
+
+
+def test_the_reference_cell() -> None:
+    one = load_job(JOBS / "knockout.yaml")
+    [spec], [text] = one.experiments, one.prompts
+    assert (text.text, text.answer) == ("The capital of France is", " Paris")
+    assert ablations(spec, prompt(size=5), 16, 32) == [Ablation((8,), None, ((4, 0),))]
+
+
+# What it costs.
+
+
+def test_flops_of_a_full_forward() -> None:
+    body, embedding = 134_515_008 - 49_152 * 576, 49_152 * 576
+    assert full_forward_flops(model(), 5) == 2 * body * 5 + 4 * 25 * 576 * 30 + 2 * embedding
+    assert full_forward_flops(model(parameters=None, hidden_size=None, vocab_size=None, n_layers=None), 5) == 0
+
+
+RATES = Rates(flops=1e11, load_bytes=1e9, start_seconds=3, process_bytes=500_000_000, batch_rows=64)
+
+
+def test_estimate() -> None:
+    one = job({"layers": "all"})
+    cut = units(one, one.experiments[0], model(), [prompt()])
+    found = estimate(model(), "float32", cut, 5, RATES)
+    weights = 134_515_008 * 4
+    assert found.seconds == pytest.approx(3 + weights / 1e9 + 31 * full_forward_flops(model(), 5) / 1e11)
+    assert found.peak_bytes > 500_000_000 + weights
+    half = estimate(model(), "bfloat16", cut, 5, RATES)
+    assert found.peak_bytes - half.peak_bytes > weights // 2
+    assert estimate(model(), "float32", cut, 500, RATES).peak_bytes > found.peak_bytes

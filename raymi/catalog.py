@@ -147,7 +147,8 @@ def fetch(ref: str, cache_dir: Path | None = None, *, allow_pickle: bool = False
 
     id, _, revision = ref.partition("@")
     try:
-        needed = snapshot.files_needed(HfApi().list_repo_files(id, revision=revision or None))
+        about = HfApi().model_info(id, revision=revision or None)
+        needed = snapshot.files_needed([file.rfilename for file in about.siblings or []])
         _refuse_unloadable(id, needed, allow_pickle=allow_pickle)
         download = partial(
             snapshot_download,

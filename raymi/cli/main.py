@@ -2,6 +2,7 @@
 
 import gc
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 
 import click
@@ -27,9 +28,12 @@ class Verbs(click.Group):
         """The verbs, in the order in which a user meets them."""
         return list(VERBS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
         """Imports a verb."""
-        return import_module(f"raymi.cli.{cmd_name}").command if cmd_name in VERBS else None
+        if cmd_name in VERBS:
+            return import_module(f"raymi.cli.{cmd_name}").command
+        near = get_close_matches(cmd_name, VERBS, n=1)
+        return ctx.fail(f"No such command {cmd_name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Lists the verbs from `VERBS`, where click would import them all."""

@@ -1,0 +1,1 @@
+"""Polars over the store: tables, without torch or Ray."""

@@ -1,0 +1,191 @@
+"""`raymi report`: a run's results as tables."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import raymi.store
+from raymi.cli.options import store_option
+from raymi.cli.text import table, terminal_width
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from raymi.report.tables import Report
+
+
+@click.command()
+@click.argument("run", required=False)
+@store_option
+@click.option("--json", "as_json", is_flag=True, help="The tables of models, layers and failures as JSON.")
+@click.option(
+    "--csv",
+    type=click.Path(path_type=Path),
+    help="Write models.csv, layers.csv and failures.csv into this folder; or the table of models, if it ends in .csv.",
+)
+@click.option("--parquet", type=click.Path(path_type=Path), help="The same as Parquet.")
+def command(run: str | None, store_uri: str, as_json: bool, csv: Path | None, parquet: Path | None) -> None:
+    """Show what a run has found so far: per model, per layer, and what failed.
+
+    RUN is the name of a run, or how its name begins; without it, the run that was last issued. The run may be going
+    on. The rows themselves are Parquet files: `pl.scan_parquet("STORE/ablations/**/*.parquet")`.
+    """
+    from raymi.report import export, tables
+
+    report = tables.report(raymi.store.open(store_uri), run)
+    written: list[Path] = []
+    if csv:
+        written += export.write(report, csv, "csv")
+    if parquet:
+        written += export.write(report, parquet, "parquet")
+    for path in written:
+        click.echo(f"wrote {path}", err=True)
+    if as_json:
+        click.echo(export.as_json(export.as_record(report)))
+    elif not written:
+        for line in lines(report, terminal_width()):
+            click.echo(line)
+
+
+def lines(report: "Report", width: int) -> Iterator[str]:
+    """A report as text.
+
+    Args:
+        report: of a run.
+        width: of the terminal in characters, of which tables need about 80; 0 folds nothing.
+    """
+    yield from _heading(report)
+    for (experiment,), models in report.models.drop_nulls("experiment").group_by("experiment", maintain_order=True):
+        yield f"\n{experiment}: KL(clean || ablated) in nats; logit diff of the answer, clean - ablated"
+        yield from _effects(models, width)
+        layers = report.layers.filter(report.layers["experiment"] == experiment)
+        if layers["layers"].n_unique() > 1:
+            yield "\nmeans by layer, each bar by its size relative to the largest of its row"
+            yield from _by_layer(layers, width)
+    if not report.models.is_empty():
+        yield "\nmodels, and how well they answer when nothing is ablated"
+        yield from _baselines(report.models, width)
+    if not report.failures.is_empty():
+        yield "\nfailed:"
+        yield from _failures(report.failures, width)
+
+
+def _heading(report: "Report") -> Iterator[str]:
+    from raymi.report.tables import status
+
+    run = report.run
+    n_models, n_ablations = report.models["model_id"].n_unique(), int(report.models["ablations"].sum())
+    yield f"{run.run}: {status(run, report.driven)}, issued {run.driver.started_at.astimezone():%Y-%m-%d %H:%M}"
+    said = [_plural(n_models, "model"), _plural(n_ablations, "ablation")]
+    if not report.failures.is_empty():
+        said.append(_plural(report.failures.height, "failure"))
+    yield ", ".join(said)
+
+
+def _effects(models: "pl.DataFrame", width: int) -> list[str]:
+    header = ("model", "ablations", "mean KL", "max KL", "logit diff", "strongest")
+    rows = [
+        [
+            model["model_id"],
+            f"{model['ablations']:,}",
+            _number(model["mean_kl"]),
+            _number(model["max_kl"]),
+            _number(model["mean_logit_diff"], "+"),
+            _cell(model["strongest_layers"], model["strongest_heads"]),
+        ]
+        for model in models.iter_rows(named=True)
+    ]
+    return table(header, rows, right=range(1, 5), width=width)
+
+
+def _by_layer(layers: "pl.DataFrame", width: int) -> list[str]:
+    rows: list[list[str]] = []
+    for (model_id,), of_model in layers.group_by("model_id", maintain_order=True):
+        for name, column, sign in (("KL", "mean_kl", ""), ("logit diff", "mean_logit_diff", "+")):
+            found = of_model.drop_nulls(column)
+            if found.is_empty():
+                continue
+            at = found[column].abs().arg_max() or 0
+            peak = f"L{_short(found['layers'][at])} {_number(found[column][at], sign)}"
+            rows.append([str(model_id) if name == "KL" else "", name, bars(_axis(found, column)), peak])
+    return table(("model", "mean", "first layer to last", "largest"), rows, right=(), width=width)
+
+
+def _axis(layers: "pl.DataFrame", column: str) -> list[float | None]:
+    """A magnitude for each layer, None where it was not ablated; where layers go together, for each group."""
+    values = layers[column].abs().to_list()
+    if (layers["first_layer"] != layers["last_layer"]).any():
+        return values
+    at: dict[int, float] = dict(zip(layers["first_layer"], values, strict=True))
+    return [at.get(layer) for layer in range(max(at) + 1)]
+
+
+def bars(values: list[float | None], most: int = 24) -> str:
+    """Values from 0 up as one character each, relative to the largest; a dot where there is none.
+
+    Args:
+        values: one a place.
+        most: characters; where there are more values, neighbours share one, which shows the larger.
+    """
+    glyphs = "▁▂▃▄▅▆▇█" if (sys.stdout.encoding or "").lower().startswith("utf") else "12345678"
+    n = min(len(values), most)
+    bins = [values[i * len(values) // n : (i + 1) * len(values) // n] for i in range(n)]
+    tops = [max((value for value in some if value is not None), default=None) for some in bins]
+    largest = max((top for top in tops if top is not None), default=0) or 1
+    return "".join("·" if top is None else glyphs[round(top / largest * (len(glyphs) - 1))] for top in tops)
+
+
+def _baselines(models: "pl.DataFrame", width: int) -> list[str]:
+    header = ("model", "revision", "dtype", "device", "load", "prompts", "P(answer)", "top-1")
+    rows = [
+        [
+            model["model_id"],
+            (model["revision"] or "-")[:7],
+            model["dtype"] or "-",
+            model["device"] or "-",
+            "-" if model["load_seconds"] is None else f"{model['load_seconds']:.1f} s",
+            str(model["prompts"] or "-"),
+            _number(model["answer_prob"]),
+            "-" if model["answer_top1"] is None else f"{model['answer_top1']:.0%}",
+        ]
+        for model in models.unique("model_id", maintain_order=True).iter_rows(named=True)
+    ]
+    return table(header, rows, right=range(4, 8), width=width)
+
+
+def _failures(failures: "pl.DataFrame", width: int) -> Iterator[str]:
+    import polars as pl
+
+    by = ["model_id", "stage", "kind", "message"]
+    alike = failures.group_by(by, maintain_order=True).agg(pl.len().alias("n"), pl.col("attempts").max())
+    for failure in alike.iter_rows(named=True):
+        yield fill(_failure(failure), width or 10_000, initial_indent="  ", subsequent_indent="    ")
+
+
+def _failure(failure: dict[str, Any]) -> str:
+    stage = _plural(failure["n"], "unit") if failure["stage"] == "unit" else failure["stage"]
+    tries = f" ({failure['attempts']} attempts)" if failure["attempts"] > 1 else ""
+    reason = ": ".join(str(part) for part in (failure["kind"], failure["message"]) if part)
+    return f"{failure['model_id'] or 'the run'}: {stage}: {reason}{tries}"
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    if value is None:
+        return "-"
+    return f"{value:{sign}.1e}" if 0 < abs(value) < 1e-3 else f"{value:{sign}.4f}"
+
+
+def _cell(layers: str, heads: str) -> str:
+    return f"L{_short(layers)} " + ("all heads" if heads == "all" else f"H{_short(heads)}")
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= 9 else f"{label[:8]}…"
+
+
+def _plural(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"

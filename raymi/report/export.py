@@ -1,0 +1,65 @@
+"""A report as files and as JSON, for other programs."""
+
+import json
+from collections.abc import Callable
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+
+from raymi.errors import UserError
+from raymi.report.tables import Report, status
+
+Format = Literal["csv", "parquet"]
+
+
+def as_json(value: Any) -> str:
+    """JSON with times in ISO 8601."""
+    return json.dumps(value, indent=2, default=datetime.isoformat, ensure_ascii=False)
+
+
+def as_record(report: Report) -> dict[str, Any]:
+    """A report as JSON values: the run, and the three tables as lists of records."""
+    run = report.run.model_dump(mode="json", include={"run", "created_at", "status_at", "commits", "versions"})
+    return {
+        **run,
+        "status": status(report.run, report.driven),
+        "models": report.models.to_dicts(),
+        "layers": report.layers.to_dicts(),
+        "failures": report.failures.to_dicts(),
+    }
+
+
+def write(report: Report, path: Path, kind: Format) -> list[Path]:
+    """Writes the tables as `models`, `layers` and `failures` into the folder `path`, or the first as the file `path`.
+
+    Args:
+        report: what to write.
+        path: a file when it ends like one (`.csv`, `.parquet`), else a folder, which is made.
+        kind: of the files.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    suffix = f".{kind}"
+    if path.suffix == suffix:
+        files = {path: report.models}
+    else:
+        frames = {"models": report.models, "layers": report.layers, "failures": report.failures}
+        files = {path / f"{name}{suffix}": frame for name, frame in frames.items()}
+    try:
+        for file, frame in files.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            _writer(frame, kind)(file)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    return list(files)
+
+
+def _writer(frame: pl.DataFrame, kind: Format) -> Callable[[Path], None]:
+    return partial(frame.write_csv, datetime_format="%+") if kind == "csv" else frame.write_parquet

@@ -1,0 +1,206 @@
+"""What a run found, as tables: per model, per layer, what failed; and what runs a store holds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import polars as pl
+
+from raymi.store.manifest import Manifest
+from raymi.store.reader import Store
+
+_ATTEMPTS = 5
+"""Readings of a store in which files are being merged: what was listed may be gone when it is opened."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A run at one instant; it may be going on."""
+
+    run: Manifest
+    driven: bool
+    """Whether some process is driving it now."""
+    models: pl.DataFrame
+    """One row a model and experiment: `per_model`."""
+    layers: pl.DataFrame
+    """One row a model, experiment and group of layers: `per_layer`."""
+    failures: pl.DataFrame
+    """What failed and has not been mended since: `open_failures`."""
+
+
+def report(store: Store, ref: str | None = None) -> Report:
+    """The report of a run.
+
+    Args:
+        store: where it is.
+        ref: its name or how its name begins; None: the run that was last issued.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    run = store.find(ref)
+    failures = open_failures(store, run)
+    return Report(run, store.is_driven(run), per_model(store, run, failures), per_layer(store, run), failures)
+
+
+def runs(store: Store) -> pl.DataFrame:
+    """One row a run, the one that was last issued at the end.
+
+    Returns:
+        run, status (running, stopped, failed, done), models, ablations, failures (open ones), started, last_write.
+    """
+    records = [
+        {
+            "run": run.run,
+            "status": status(run, store.is_driven(run)),
+            "models": len(run.commits),
+            "ablations": _collect(lambda run=run: store.scan("ablations", run.run).select(pl.len())).item(),
+            "failures": open_failures(store, run).height,
+            "started": run.created_at,
+            "last_write": store.last_write(run.run),
+        }
+        for run in store.runs()
+    ]
+    time = pl.Datetime("us", "UTC")
+    kinds = {"run": pl.String(), "status": pl.String()} | dict.fromkeys(("models", "ablations", "failures"), pl.Int64())
+    return pl.DataFrame(records, schema={**kinds, "started": time, "last_write": time})
+
+
+def status(run: Manifest, driven: bool) -> str:
+    """`running`, `failed` or `done`; `stopped` for what was interrupted or killed and waits to be continued."""
+    if run.status in ("done", "failed"):
+        return run.status
+    return "running" if driven else "stopped"
+
+
+def per_model(store: Store, run: Manifest, failures: pl.DataFrame) -> pl.DataFrame:
+    """One row a model and experiment; models of which nothing was measured have one row with a null experiment.
+
+    Returns:
+        model_id, experiment, revision, dtype, device, ablations, mean_kl and max_kl (nats), mean_logit_diff (clean -
+        ablated), the cell of the largest mean KL over prompts and edges (strongest_layers, strongest_heads,
+        strongest_kl), prompts, answer_prob (mean over prompts of the clean P(answer)), answer_top1 (share of the
+        prompts where the answer comes first), load_seconds, failures.
+    """
+    by = ["model_id", "experiment"]
+
+    def measured() -> pl.LazyFrame:
+        rows = _ablations(store, run)
+        effects = rows.group_by(by).agg(
+            pl.col("revision", "dtype").last(),
+            pl.len().cast(pl.Int64).alias("ablations"),
+            pl.col("kl").mean().alias("mean_kl"),
+            pl.col("kl").max().alias("max_kl"),
+            pl.col("logit_diff").mean().alias("mean_logit_diff"),
+        )
+        cells = rows.group_by(*by, "layers", "heads", "first_layer").agg(pl.col("kl").mean())
+        strongest = cells.sort(*by, "kl", "first_layer", "heads", descending=[False, False, True, False, False])
+        strongest = strongest.group_by(by).agg(
+            pl.col("layers").first().alias("strongest_layers"),
+            pl.col("heads").first().alias("strongest_heads"),
+            pl.col("kl").first().alias("strongest_kl"),
+        )
+        clean = rows.group_by(*by, "prompt_id").agg(pl.col("answer_prob_clean", "answer_rank_clean").first())
+        baseline = clean.group_by(by).agg(
+            pl.len().cast(pl.Int64).alias("prompts"),
+            pl.col("answer_prob_clean").mean().alias("answer_prob"),
+            (pl.col("answer_rank_clean") == 0).mean().alias("answer_top1"),
+        )
+        return effects.join(strongest, on=by, how="left").join(baseline, on=by, how="left")
+
+    def loads() -> pl.LazyFrame:
+        ready = store.scan("models", run.run).filter(pl.col("load_seconds").is_not_null())
+        return ready.sort("loaded_at").group_by("model_id").agg(pl.col("device", "load_seconds").last())
+
+    found = _collect(measured)
+    known = [*run.commits, *found["model_id"], *failures["model_id"].drop_nulls()]
+    failed = failures.group_by("model_id").agg(pl.len().cast(pl.Int64).alias("failures"))
+    everyone = pl.DataFrame({"model_id": list(dict.fromkeys(known))}, schema={"model_id": pl.String()})
+    everyone = everyone.join(_collect(loads), on="model_id", how="left").join(failed, on="model_id", how="left")
+    table = everyone.join(found, on="model_id", how="left").with_columns(pl.col("ablations", "failures").fill_null(0))
+    order = ["model_id", "experiment", "revision", "dtype", "device", *found.columns[4:], "load_seconds", "failures"]
+    return table.select(order).sort("model_id", "experiment")
+
+
+def per_layer(store: Store, run: Manifest) -> pl.DataFrame:
+    """One row a model, experiment and group of layers that were ablated together.
+
+    Returns:
+        model_id, experiment, layers (`3`, `3-7`, `1,5`), first_layer, last_layer, ablations, mean_kl, max_kl,
+        mean_logit_diff; ascending.
+    """
+    by = ["model_id", "experiment", "layers", "first_layer", "last_layer"]
+    table = _collect(
+        lambda: (
+            _ablations(store, run)
+            .group_by(by)
+            .agg(
+                pl.len().cast(pl.Int64).alias("ablations"),
+                pl.col("kl").mean().alias("mean_kl"),
+                pl.col("kl").max().alias("max_kl"),
+                pl.col("logit_diff").mean().alias("mean_logit_diff"),
+            )
+        )
+    )
+    return table.sort("model_id", "experiment", "first_layer", "last_layer", "layers")
+
+
+def open_failures(store: Store, run: Manifest) -> pl.DataFrame:
+    """The last failure of each unit that has no rows, and of each model that was not loaded since.
+
+    Returns:
+        model_id, unit_id, stage, kind, message, attempts, failed_at; the oldest first.
+    """
+    by = ["model_id", "unit_id", "stage"]
+
+    def unmended() -> pl.LazyFrame:
+        last = (
+            store.scan("failures", run.run)
+            .sort("failed_at")
+            .group_by(by, maintain_order=True)
+            .agg(pl.len().cast(pl.Int64).alias("attempts"), pl.col("kind", "message", "failed_at").last())
+        )
+        rows = (store.scan(table, run.run).select("unit_id") for table in ("ablations", "verifications"))
+        units = pl.concat(rows).unique()
+        loads = store.scan("models", run.run).group_by("model_id").agg(pl.col("loaded_at").max())
+        of_units = last.filter(pl.col("unit_id").is_not_null()).join(units, on="unit_id", how="anti")
+        of_models = last.filter(pl.col("unit_id").is_null()).join(loads, on="model_id", how="left")
+        mended = (pl.col("loaded_at") > pl.col("failed_at")).fill_null(False)
+        # A run that is done has all its rows, whatever died on the way and was made good by others.
+        of_models = of_models.filter(~mended & (run.status != "done")).drop("loaded_at")
+        return pl.concat([of_units, of_models]).sort("failed_at")
+
+    return _collect(unmended).select("model_id", "unit_id", "stage", "kind", "message", "attempts", "failed_at")
+
+
+def _ablations(store: Store, run: Manifest) -> pl.LazyFrame:
+    """The rows of a run, each once, with layers and heads as text to group by."""
+    rows = store.scan("ablations", run.run).unique(["unit_id", "ablation_id"])
+    return rows.with_columns(
+        pl.col("layers").list.min().alias("first_layer"),
+        pl.col("layers").list.max().alias("last_layer"),
+        _label("layers").alias("layers"),
+        _label("heads").fill_null("all").alias("heads"),
+    )
+
+
+def _label(column: str) -> pl.Expr:
+    """A list of indices as text: `3`, `3-7`, or `1,5` where there are gaps."""
+    indices = pl.col(column)
+    low, high, n = indices.list.min(), indices.list.max(), indices.list.len()
+    return (
+        pl.when(n == 1)
+        .then(low.cast(pl.String))
+        .when(high - low + 1 == n)
+        .then(pl.format("{}-{}", low, high))
+        .otherwise(indices.cast(pl.List(pl.String)).list.join(","))
+    )
+
+
+def _collect(query: Callable[[], pl.LazyFrame]) -> pl.DataFrame:
+    """The rows of a query, planned again when a file that it was to read has been merged into another."""
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return query().collect()
+        except (OSError, pl.exceptions.ComputeError):
+            continue
+    return query().collect()

@@ -117,10 +117,10 @@ def tokenize(
             hint="Name positions by index, first or last.",
         )
     texts = [source.text for source in sources]
-    encoded = _encode(tokenizer, texts, offsets=any(wanted))
+    encoded = _encode(model, tokenizer, texts, offsets=any(wanted))
     prefixes = [()] * len(texts) if chat_template else _prefixes(tokenizer, texts, encoded, bos, model)
-    answers = _joint(tokenizer, sources, [prompt.answer for prompt in prompts])
-    wrongs = _joint(tokenizer, sources, [prompt.wrong for prompt in prompts])
+    answers = _joint(model, tokenizer, sources, [prompt.answer for prompt in prompts])
+    wrongs = _joint(model, tokenizer, sources, [prompt.wrong for prompt in prompts])
 
     tokenized: list[TokenizedPrompt] = []
     for prompt, source, read, prefix, answer, wrong, spans in zip(
@@ -188,9 +188,16 @@ def _spans(prompt: Prompt, source: _Source, pieces: Collection[str]) -> dict[str
     return spans
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str], *, special: bool = False, offsets: bool = False) -> list[_Encoded]:
+def _encode(
+    model: str, tokenizer: Tokenizer, texts: list[str], *, special: bool = False, offsets: bool = False
+) -> list[_Encoded]:
     options = {"return_offsets_mapping": True} if offsets else {}
-    batch = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False, **options)
+    try:
+        batch = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False, **options)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        if len(texts) > 1:  # which one is it?
+            return [_encode(model, tokenizer, [text], special=special, offsets=offsets)[0] for text in texts]
+        raise UserError(f"{model}: its tokenizer cannot read {texts[0]!r}: {error}") from error
     spans = batch["offset_mapping"] if offsets else [None] * len(texts)
     return [_Encoded(list(ids), span) for ids, span in zip(batch["input_ids"], spans, strict=True)]
 
@@ -205,7 +212,7 @@ def _prefixes(
     if bos == "always" and bos_id is None:
         raise UserError(f"{model}: bos is always, but its tokenizer has no beginning-of-sequence token")
     prefixes: list[tuple[int, ...]] = []
-    for plain, special in zip(encoded, _encode(tokenizer, texts, special=True), strict=True):
+    for plain, special in zip(encoded, _encode(model, tokenizer, texts, special=True), strict=True):
         prefix = _before(plain.ids, special.ids, model)
         if bos == "always" and bos_id is not None:
             rest = tuple(token for token in prefix if token != bos_id)
@@ -225,10 +232,12 @@ def _before(plain: list[int], special: list[int], model: str) -> tuple[int, ...]
     )
 
 
-def _joint(tokenizer: Tokenizer, sources: list[_Source], answers: list[str | None]) -> list[list[int] | None]:
+def _joint(
+    model: str, tokenizer: Tokenizer, sources: list[_Source], answers: list[str | None]
+) -> list[list[int] | None]:
     """The ids of every text with its answer, where it has one."""
     texts = [source.text + answer for source, answer in zip(sources, answers, strict=True) if answer is not None]
-    ids = iter(_encode(tokenizer, texts) if texts else ())
+    ids = iter(_encode(model, tokenizer, texts) if texts else ())
     return [None if answer is None else next(ids).ids for answer in answers]
 
 

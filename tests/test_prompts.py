@@ -185,6 +185,18 @@ def test_errors(tokenizer: Any, prompt: Prompt, options: dict[str, Any], expecte
         assert part in str(error.value)
 
 
+def test_a_word_that_a_tokenizer_cannot_read() -> None:
+    without_unknown = words(["a", "b"], unknown=False)
+    with pytest.raises(UserError, match="org/model: its tokenizer cannot read 'a c'"):
+        tokenize(
+            [Prompt("p", "a b"), Prompt("q", "a c")],
+            without_unknown,
+            bos="auto",
+            chat_template=False,
+            model_id="org/model",
+        )
+
+
 def test_spans_that_do_not_cover_a_piece_are_an_error() -> None:
     class Lying:
         """Like tokenizers that give every token an empty span."""

@@ -37,11 +37,13 @@ def words(
     before: str | None = None,
     after: str | None = None,
     blanks: bool = False,
+    unknown: bool = True,
     **options: Any,
 ) -> Any:
-    """One token a word, and `<unk>` for others; with `blanks`, a word's token begins with the blank's `▁`."""
+    """One token a word, `<unk>` for others if `unknown`; with `blanks`, a word's token begins with the blank's `▁`."""
     marked = ["▁" + word for word in vocabulary] if blanks else list(vocabulary)
-    ids = list(dict.fromkeys([token for token in (before, after) if token] + ["<unk>", *marked]))
+    specials = [token for token in (before, after) if token] + ["<unk>"] * unknown
+    ids = list(dict.fromkeys([*specials, *marked]))
     tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(ids)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace() if blanks else pre_tokenizers.WhitespaceSplit()
     if blanks:

@@ -20,7 +20,7 @@ def take(store: Store, run: str = "heads-1a2b3c4d", **more: Any) -> Run:
     return store.take(run, written="name: heads\n", resolved={"name": "heads"}, **more)
 
 
-def cell(unit: str, layer: int, head: int | None = 0, *, model: str = MODEL, **more: Any) -> dict[str, Any]:
+def cell(unit: str, layer: int, head: int | None = 0, /, *, model: str = MODEL, **more: Any) -> dict[str, Any]:
     """One ablation of one head of one layer; `more` replaces columns."""
     return {
         "unit_id": unit,

@@ -1,0 +1,167 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+from click.testing import CliRunner, Result
+
+import raymi.store
+from raymi.cli.main import raymi as cli
+from raymi.cli.report import bars
+from raymi.errors import UserError
+from raymi.store import schemas
+from raymi.store.layout import slug
+from tests.rows import cell, failure, loaded, take
+
+RUN = "heads-1a2b3c4d"
+LONG = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a run of three models, one of them deep and one that failed."""
+    folder = tmp_path_factory.mktemp("store")
+    store = raymi.store.open(str(folder))
+    take(store, "older-00000000").close("done")
+    with take(store, RUN) as run:
+        for model, n_layers in ((LONG, 64), ("openai-community/gpt2", 12)):
+            cells = [
+                cell(f"{model}{layer}", layer, head, model=model, kl=layer / 100, logit_diff=-layer / 10)
+                for layer in range(n_layers)
+                for head in range(2)
+            ]
+            run.manifest.freeze_commits({model: "0" * 40})
+            run.add("models", slug(model), loaded(model))
+            run.add("ablations", slug(model), schemas.rows("ablations", cells))
+        for unit in ("x", "y"):
+            run.add(
+                "failures", "m", failure(LONG, stage="unit", unit_id=unit, kind="NonFinite", message="NaN in layer 3")
+            )
+        run.add("failures", "m", failure("org/broken", message="the header of model.safetensors is too large " * 4))
+        run.close("failed")
+    return folder
+
+
+def call(*arguments: object, columns: int = 80) -> Result:
+    return CliRunner(env={"COLUMNS": str(columns)}).invoke(cli, [str(argument) for argument in arguments])
+
+
+def test_runs_lists_them(folder: Path) -> None:
+    result = call("runs", "--store", folder)
+    assert result.exit_code == 0
+    header, first, second = result.output.splitlines()
+    assert header.split() == ["run", "status", "models", "ablations", "failed", "started", "written"]
+    assert first.split()[:5] == ["older-00000000", "done", "0", "0", "-"]
+    assert second.split()[:5] == [RUN, "failed", "2", "152", "3"]
+    assert all(len(line) <= 80 for line in result.output.splitlines())
+
+
+def test_runs_as_json(folder: Path) -> None:
+    runs = json.loads(call("runs", "--store", folder, "--json").output)
+    assert [(run["run"], run["ablations"]) for run in runs] == [("older-00000000", 0), (RUN, 152)]
+    assert runs[0]["last_write"] is None
+    assert runs[1]["started"].endswith("+00:00")
+
+
+def test_report_shows_models_layers_and_failures_in_80_columns(folder: Path) -> None:
+    result = call("report", "--store", folder)
+    assert result.exit_code == 0
+    text = result.output
+    assert all(len(line) <= 80 for line in text.splitlines()), text
+    assert text.startswith(f"{RUN}: failed, issued ")
+    assert "3 models, 152 ablations, 3 failures" in text
+    row = ["openai-community/gpt2", "24", "0.0550", "0.1100", "-0.5500", "L11", "H0"]
+    assert row in [line.split() for line in text.splitlines()]
+    assert "▁▂▂▃▄▄▅▅▆▇▇█" in text
+    assert "L63 -6.3000" in text
+    assert f"{LONG}: 2 units: NonFinite: NaN in layer 3" in text
+    assert "org/broken: load: OSError: the header of model.safetensors" in text
+
+
+def test_report_of_a_named_run_and_of_the_beginning_of_its_name(folder: Path) -> None:
+    for ref in (RUN, "hea"):
+        assert call("report", ref, "--store", folder).output.startswith(f"{RUN}:")
+    assert call("report", "old", "--store", folder).output.startswith("older-00000000: done")
+
+
+def test_report_as_json_has_every_table(folder: Path) -> None:
+    report = json.loads(call("report", "--store", folder, "--json").output)
+    assert report["run"] == RUN
+    assert report["status"] == "failed"
+    assert [model["model_id"] for model in report["models"]] == [LONG, "openai-community/gpt2", "org/broken"]
+    assert len(report["layers"]) == 76
+    assert [failure["attempts"] for failure in report["failures"]] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("kind", "read"), [("csv", pl.read_csv), ("parquet", pl.read_parquet)])
+def test_tables_are_written_to_a_folder_or_one_to_a_file(folder: Path, tmp_path: Path, kind: str, read: object) -> None:
+    assert callable(read)
+    assert call("report", "--store", folder, f"--{kind}", tmp_path / "out").exit_code == 0
+    heights = {path.name: read(path).height for path in (tmp_path / "out").iterdir()}
+    assert heights == {f"models.{kind}": 3, f"layers.{kind}": 76, f"failures.{kind}": 3}
+    result = call("report", "--store", folder, f"--{kind}", tmp_path / f"one.{kind}")
+    assert result.output == f"wrote {tmp_path / f'one.{kind}'}\n"
+    assert read(tmp_path / f"one.{kind}")["ablations"].to_list() == [128, 24, 0]
+
+
+def test_what_cannot_be_written_is_said(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    error = call("report", "--store", folder, "--csv", tmp_path / "file").exception
+    assert isinstance(error, UserError)
+    assert "cannot write" in str(error)
+
+
+def test_report_works_while_the_run_goes_on(tmp_path: Path) -> None:
+    with take(raymi.store.open(str(tmp_path))) as run:
+        assert call("report", "--store", tmp_path).output.startswith(f"{RUN}: running")
+        run.add("ablations", "m", schemas.rows("ablations", [cell("u", 3, None)]))
+        run.flush()
+        result = call("report", "--store", tmp_path)
+        assert "L3 all heads" in result.output
+        assert "by layer" not in result.output
+
+
+def test_the_store_comes_from_the_environment_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYMI_STORE", str(folder))
+    assert RUN in call("runs").output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["report", "haeds-1a2b3c4d"], "Did you mean heads-1a2b3c4d?"),
+        (["report", "--store", "nowhere"], "there are no runs in the store"),
+        (["report", "--store", __file__], "is a file"),
+        (["runs", "--store", "foo://bucket"], "refuses"),
+    ],
+)
+def test_mistakes_exit_with_2_and_no_traceback(folder: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
+    more = [] if "--store" in arguments else ["--store", str(folder)]
+    command = [sys.executable, "-m", "raymi", *arguments, *more]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert said in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+
+
+def test_an_empty_store_has_no_runs(tmp_path: Path) -> None:
+    result = call("runs", "--store", tmp_path / "none")
+    assert result.exit_code == 0
+    assert result.output.startswith("No runs in ")
+
+
+@pytest.mark.parametrize(
+    ("values", "most", "shown"),
+    [
+        ([0.0, 1.0, 2.0], 9, "▁▅█"),
+        ([1.0, None, 1.0], 9, "█·█"),
+        ([0.0, 0.0], 9, "▁▁"),
+        ([0.0, 7.0, 0.0, 1.0], 2, "█▂"),
+        ([None, 7.0, None, None], 2, "█·"),
+        ([1.0] * 7, 3, "███"),
+    ],
+)
+def test_bars(values: list[float | None], most: int, shown: str) -> None:
+    assert bars(values, most) == shown

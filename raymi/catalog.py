@@ -121,12 +121,8 @@ def find(
     repo = repos.get(id)
     if repo is None:
         near = _near(id, list(repos))
-        raise UserError(
-            f"no model {id!r} in {cache_dir or default_cache()}",
-            hint=f"Did you mean {near}?"
-            if near
-            else f"`raymi models` lists what there is; `raymi fetch {id}` downloads it.",
-        )
+        hint = f"Did you mean {near}?" if near else f"`raymi models` lists what is there, `raymi fetch {id}` gets it."
+        raise UserError(f"no model {id!r} in {cache_dir or default_cache()}", hint=hint)
     commit = _commit(id, repo, revision) if revision else repo.main()
     return _describe(id, repo, commit, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
 

@@ -104,7 +104,8 @@ def sizes(config: Mapping[str, Any]) -> dict[str, int | None]:
     """
     text = text_config(config)
     found = {size: _first_int(text, names) for size, names in _NAMES.items()}
-    if found["n_layers"] is None or found["n_heads"] is None or found["vocab_size"] is None:
+    essential = (found["n_layers"], found["n_heads"], found["vocab_size"])
+    if text is not config or None in essential:  # a nested config leaves out whatever equals its class's default
         defaults = config_defaults(model_type(config), model_type(text))
         found = {size: number or _first_int(defaults, _NAMES[size]) for size, number in found.items()}
     heads, hidden = found["n_heads"], found["hidden_size"]

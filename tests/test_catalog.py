@@ -298,6 +298,11 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, int | None]]] = {
         {"n_layers": 34, "n_heads": 8, "n_kv_heads": 4, "head_dim": 256, "vocab_size": 262208, "hidden_size": 2560,
          "intermediate_size": 10240, "context": 131072},
     ),
+    "Gemma 3, nested, with heads but without key heads": (
+        {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "num_hidden_layers": 62,
+                                                 "num_attention_heads": 32, "vocab_size": 262208}},
+        {"n_layers": 62, "n_heads": 32, "n_kv_heads": 4},
+    ),
     "Mamba has no heads": (
         {"model_type": "mamba", "num_hidden_layers": 24, "hidden_size": 768, "vocab_size": 50280},
         {"n_layers": 24, "n_heads": None, "n_kv_heads": None, "head_dim": None},

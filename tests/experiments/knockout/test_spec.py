@@ -1,6 +1,8 @@
 """What a knockout experiment means on a model and a prompt of known sizes."""
 
 import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -19,9 +21,9 @@ def spec(**fields: Any) -> KnockoutSpec:
     return KnockoutSpec.model_validate({"kind": "knockout", "layers": "middle", **fields})
 
 
-def prompt(size: int = 5, **pieces: tuple[int, ...]) -> TokenizedPrompt:
+def prompt(size: int = 5, pieces: Mapping[str, tuple[int, ...]] = MappingProxyType({})) -> TokenizedPrompt:
     names = tuple(f"t{index}" for index in range(size))
-    return TokenizedPrompt(Prompt("p", " ".join(names)), tuple(range(size)), names, False, None, None, pieces)
+    return TokenizedPrompt(Prompt("p", " ".join(names)), tuple(range(size)), names, False, None, None, dict(pieces))
 
 
 def layers(value: Any, n_layers: int = L) -> list[tuple[int, ...]]:
@@ -108,7 +110,7 @@ PIECES = {"subject": (1, 2), "text:t3": (3,)}
     ids=str,
 )
 def test_edges(queries: Any, keys: Any, expected: list[list[tuple[int, int]]]) -> None:
-    found = ablations(spec(queries=queries, keys=keys), prompt(**PIECES), L, H)
+    found = ablations(spec(queries=queries, keys=keys), prompt(pieces=PIECES), L, H)
     assert [list(ablation.edges) for ablation in found] == expected
 
 
@@ -161,7 +163,7 @@ def test_what_a_model_has_not(fields: dict[str, Any], expected: str) -> None:
 )
 def test_what_a_prompt_has_not(queries: Any, keys: Any, expected: str) -> None:
     with pytest.raises(UserError) as error:
-        ablations(spec(queries=queries, keys=keys), prompt(**PIECES), L, H)
+        ablations(spec(queries=queries, keys=keys), prompt(pieces=PIECES), L, H)
     assert expected in str(error.value)
 
 
@@ -237,7 +239,7 @@ def test_specs_survive_json_and_rows_are_what_they_say(fields: dict[str, Any]) -
     one = spec(**fields)
     again = KnockoutSpec.model_validate(json.loads(json.dumps(one.model_dump(mode="json"))))
     assert (again, again.canonical) == (one, one.canonical)
-    text = prompt(**PIECES)
+    text = prompt(pieces=PIECES)
     try:
         found = ablations(one, text, L, H)
     except UserError:

@@ -1,8 +1,8 @@
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -192,15 +192,21 @@ main()
     assert HEAVY.isdisjoint(json.loads(result.stderr))
 
 
+def cpu_seconds() -> float:
+    """What this process's finished children have used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_answers_at_once_with_two_hundred_models(two_hundred: Path) -> None:
-    """The aim is half a second on a quiet machine; the bound leaves room for a busy one."""
+    """The aim is half a second on a quiet machine. Busy neighbours slow a process down, so its own time is measured."""
     seconds: list[float] = []
-    for _ in range(4):
-        start = time.perf_counter()
+    for _ in range(5):
+        start = cpu_seconds()
         result = raymi("models", HF_HUB_CACHE=str(two_hundred))
-        seconds.append(time.perf_counter() - start)
+        seconds.append(cpu_seconds() - start)
         assert len(result.stdout.splitlines()) == 201
-    assert min(seconds) < 1.5
+    assert min(seconds) < 1
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     # Those that every release is held to.
     "llama": _MODERN,
     "gpt2": _GPT,
-    "gpt_neox": {**_MODERN, "rotary_pct": 0.5},
+    "gpt_neox": {**_MODERN, "num_key_value_heads": 4, "rotary_pct": 0.5},
     "qwen2": {**_MODERN, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
     "qwen3": _MODERN,
     "gemma2": {**_MODERN, "sliding_window": WINDOW, "query_pre_attn_scalar": 16},

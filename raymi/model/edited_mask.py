@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from raymi.model.attention import Cut, Tap, UnsupportedAttention
+from raymi.model.sites import hidden_input
 
 
 @contextmanager
@@ -47,7 +48,8 @@ class _Edit:
             raise UnsupportedAttention(f"{type(module).__name__} is given no attention mask that could be edited")
         assert self.tap.fired_B is not None and self.tap.empty_B is not None
         cut = self.cut
-        mask_BHQS = given.expand(len(self.tap.fired_B), self.n_heads, -1, -1).clone()
+        n_rows = len(hidden_input(args, kwargs))
+        mask_BHQS = given.expand(n_rows, self.n_heads, -1, -1).clone()
         if mask_BHQS.dtype == torch.bool:
             # Every query may see itself, so the first entry says which of the two values means "may attend".
             attends = mask_BHQS[0, 0, 0, 0].clone()

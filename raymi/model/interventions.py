@@ -1,6 +1,17 @@
-"""What can be done to a model while it runs."""
+"""What can be done to a model while it runs, and the first place that it touches.
+
+Nothing below the first layer touched and nothing before the first position touched can change: that is an
+intervention's causal cone.
+
+Legend: D hidden size, W head width.
+"""
 
 from dataclasses import dataclass
+
+from torch import Tensor
+
+EDITABLE = ("hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z")
+"""Sites, after `blocks.{layer}.`, whose activation can be changed. To change `hook_resid_mid`, change what is added there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +30,56 @@ class Mask:
 
     @property
     def first_query(self) -> int:
-        """Nothing at a position before this one changes."""
         return min(query for query, _ in self.edges)
 
 
-Intervention = Mask
+@dataclass(frozen=True, slots=True, eq=False)
+class Edit:
+    """The activation x at some positions of a site becomes `factor` * x + `shift`.
+
+    Made by `zero`, `mean`, `replace`, `add` and `scale`.
+    """
+
+    layer: int
+    site: str
+    """One of `EDITABLE`."""
+    positions: tuple[int, ...]
+    heads: tuple[int, ...] | None
+    """For `attn.hook_z`, None meaning all; None at other sites."""
+    factor: float
+    shift: Tensor | None
+    """[D] at all positions alike, or [positions, D]; at `attn.hook_z` [W], [heads, W] or [positions, heads, W]."""
+
+    @property
+    def first_query(self) -> int:
+        return min(self.positions)
+
+
+Intervention = Mask | Edit
+
+Heads = tuple[int, ...] | None
+
+
+def zero(layer: int, site: str, positions: tuple[int, ...], heads: Heads = None) -> Edit:
+    """Zero ablation."""
+    return Edit(layer, site, positions, heads, 0.0, None)
+
+
+def mean(layer: int, site: str, positions: tuple[int, ...], value: Tensor, heads: Heads = None) -> Edit:
+    """Mean ablation; `value` is the mean of the site over a reference set (see `HookedModel.mean`)."""
+    return Edit(layer, site, positions, heads, 0.0, value)
+
+
+def replace(layer: int, site: str, positions: tuple[int, ...], value: Tensor, heads: Heads = None) -> Edit:
+    """Activation patching: `value` comes from another run."""
+    return Edit(layer, site, positions, heads, 0.0, value)
+
+
+def add(layer: int, site: str, positions: tuple[int, ...], value: Tensor, heads: Heads = None) -> Edit:
+    """Steering: `value` is added."""
+    return Edit(layer, site, positions, heads, 1.0, value)
+
+
+def scale(layer: int, site: str, positions: tuple[int, ...], factor: float, heads: Heads = None) -> Edit:
+    """The activation times `factor`."""
+    return Edit(layer, site, positions, heads, factor, None)

@@ -9,8 +9,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from raymi.model import memory
+from raymi.model.engine import Capability, Engine, Way, measure_capability
 from raymi.model.hooked import HookedModel
-from raymi.model.interventions import Mask
+
+SHORTEST_CHECK = 12
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -19,22 +21,25 @@ class BadWeights(RuntimeError):
     """The files of a snapshot do not make up the model that its config describes."""
 
 
-class WrongNumbers(RuntimeError):
-    """raymi's own attention and the family's eager attention do not agree on this model."""
-
-
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """A model and what loading it took."""
 
-    model: HookedModel
+    engine: Engine
     seconds: float
+    """Of reading the weights and finding the places."""
+    check_seconds: float
+    """Of measuring what the model can be trusted with."""
     before: memory.Snapshot
     after: memory.Snapshot
-    noise: float
-    """Largest logit difference that the batch's shape alone makes."""
-    disagreement: float
-    """Largest logit difference between raymi's attention and the family's own, clean and knocked out."""
+
+    @property
+    def model(self) -> HookedModel:
+        return self.engine.model
+
+    @property
+    def capability(self) -> Capability:
+        return self.engine.capability
 
 
 def pick_device(wanted: str = "auto") -> torch.device:
@@ -54,8 +59,10 @@ def load(
     device: str = "auto",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    longest: int = SHORTEST_CHECK,
+    way: Way | None = None,
 ) -> Loaded:
-    """Load a snapshot, find its places, and check its attention against the family's own.
+    """Load a snapshot, find its places, check its attention against the family's own, and measure its capability.
 
     Args:
         path: the snapshot folder.
@@ -64,6 +71,8 @@ def load(
         device: auto, cpu, cuda, cuda:1, mps.
         trust_remote_code: run the Python code that the snapshot brings along.
         allow_pickle: accept weights that are not safetensors.
+        longest: tokens of the longest prompt to come; windows and chunks that it exceeds are exceeded by the check.
+        way: how ablations are measured; the fastest exact way where None.
 
     Raises:
         BadWeights: weights are missing, misshaped or unreadable.
@@ -76,9 +85,17 @@ def load(
     before, started = memory.snapshot(where), time.perf_counter()
     raw = _read(path, name or path.name, DTYPES[dtype], trust_remote_code, allow_pickle).to(where)
     model = HookedModel(raw, name or path.name)
-    seconds = time.perf_counter() - started
-    noise, disagreement = _check(model)
-    return Loaded(model, seconds, before, memory.snapshot(where), noise, disagreement)
+    seconds, started = time.perf_counter() - started, time.perf_counter()
+    capability = measure_capability(model, check_length(raw.config.get_text_config(), longest))
+    engine = Engine(model, capability, way or capability.way)
+    return Loaded(engine, seconds, time.perf_counter() - started, before, memory.snapshot(where))
+
+
+def check_length(config: object, longest: int) -> int:
+    """Tokens of the prompt that a model is checked on: past every window and chunk that the job's prompts get past."""
+    named = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size"))
+    within_reach = [value + 3 for value in named if isinstance(value, int) and value < longest]
+    return max(SHORTEST_CHECK, *within_reach, 0)
 
 
 def _read(path: Path, name: str, dtype: torch.dtype, trust_remote_code: bool, allow_pickle: bool) -> PreTrainedModel:
@@ -103,30 +120,3 @@ def _read(path: Path, name: str, dtype: torch.dtype, trust_remote_code: bool, al
     if missing or misshaped:
         raise BadWeights(f"{name}: missing tensors {missing[:5]}, misshaped tensors {misshaped[:5]} of {path}")
     return model.eval()
-
-
-def _check(model: HookedModel) -> tuple[float, float]:
-    """Clean logits and a deep knockout, once by raymi's function and once by the family's own.
-
-    Returns:
-        Noise (the same prompt alone and in a batch) and disagreement, in logits.
-    """
-    ids_1T = model.probe_ids(8)
-    deepest = max(i for i, block in enumerate(model.blocks) if block.attention is not None)
-    shallowest = min(i for i, block in enumerate(model.blocks) if block.attention is not None)
-    cuts = [(), *((Mask(layer, (model.n_heads - 1,), ((7, 0), (5, 2))),) for layer in (shallowest, deepest))]
-    ours = model.forward(ids_1T.expand(3, -1), cuts)
-    alone = model.forward(ids_1T)
-    noise = float((alone.logits_BV[0] - ours.logits_BV[0]).abs().max())
-    if not model.dispatches:
-        return noise, 0.0
-    theirs = model.forward(ids_1T.expand(3, -1), cuts, own_attention=True)
-    disagreement = float((ours.logits_BV - theirs.logits_BV).abs().max())
-    scale = float(theirs.logits_BV.abs().max())
-    tolerance = max(20 * noise, scale * (1e-5 if model.dtype == torch.float32 else 3e-2))
-    if disagreement > tolerance:
-        raise WrongNumbers(
-            f"{model.name}: raymi's attention differs from {type(model.model).__name__}'s own by {disagreement:.2e} "
-            f"in the logits, where {tolerance:.1e} would be noise"
-        )
-    return noise, disagreement

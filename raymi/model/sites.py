@@ -45,6 +45,9 @@ class Site:
     name: str
     """As in `NAMES`, or `hook_embed`."""
 
+    def __str__(self) -> str:
+        return self.name if self.layer is None else f"blocks.{self.layer}.{self.name}"
+
 
 def parse(text: str, n_layers: int) -> Site:
     """A site from its TransformerLens name.
@@ -232,7 +235,8 @@ def _block(layer: nn.Module, attention: nn.Module | None, trace: _Trace) -> Bloc
     # The outermost place that fits: a whole attention (or its post-norm) before the projection inside of it, which is
     # what remains where a family adds the residual stream inside its attention.
     attns = [*_and_what_follows(trace.children, start - 1), of_attention[-1]]
-    mlps = [*reversed(trace.children[start:]), *reversed(after_z)]
+    # A dropout that serves attention and MLP alike is no place of either.
+    mlps = [call for call in (*reversed(trace.children[start:]), *reversed(after_z)) if _called_once(call, trace)]
     for attn in attns:
         for mlp in mlps:
             if mlp.module is not attn.module and _close(_sum(trace.given, attn.gave, mlp.gave), trace.gave):
@@ -243,6 +247,10 @@ def _block(layer: nn.Module, attention: nn.Module | None, trace: _Trace) -> Bloc
                 return block
     block.why = "what its attention and its MLP add to the residual stream does not sum to its output"
     return block
+
+
+def _called_once(call: _Call, trace: _Trace) -> bool:
+    return sum(other.module is call.module for other in trace.children) <= 1
 
 
 def _sum(first: Tensor, *others: Tensor) -> Tensor | None:

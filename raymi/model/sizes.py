@@ -15,17 +15,24 @@ class Shape:
     """Bytes of one number of the dtype that is computed in."""
 
 
-TOKENS_PER_BATCH = {"cpu": 4096, "mps": 8192, "cuda": 65536}
-"""More tokens at once make no matrix product faster, they only take memory."""
+POSITIONS_PER_BATCH = {"cpu": 4096, "mps": 8192, "cuda": 65536}
+"""More positions at once make no matrix product faster, they only take memory."""
 
 
-def row_bytes(shape: Shape, n_tokens: int) -> int:
-    """Peak memory that one row of a batch adds to a full forward: scores and pattern, MLP, residual stream, logits."""
-    scores = 3 * 4 * shape.n_heads * n_tokens**2
-    states = shape.itemsize * n_tokens * (8 * shape.hidden_size + 3 * shape.intermediate_size)
-    return scores + states + shape.vocab_size * (shape.itemsize + 4)
+def row_bytes(shape: Shape, computed: int, attended: int) -> int:
+    """Peak memory that one row of a batch adds to a forward: scores and pattern, MLP, residual stream, logits.
+
+    Args:
+        shape: of the model.
+        computed: positions that are computed: the whole prompt, or the suffix from an ablation's first query on.
+        attended: positions that are attended to: the whole prompt.
+    """
+    scores = 2 * 4 * shape.n_heads * computed * attended
+    states = shape.itemsize * computed * (8 * shape.hidden_size + 3 * shape.intermediate_size)
+    return scores + states
 
 
-def rows_per_batch(shape: Shape, n_tokens: int, device: str, available: int) -> int:
+def rows_per_batch(shape: Shape, computed: int, attended: int, device: str, available: int) -> int:
     """Rows of the first batch: within 60 % of the memory that is free, and no more than speed gains from."""
-    return max(1, min(TOKENS_PER_BATCH[device] // n_tokens, int(0.6 * available) // row_bytes(shape, n_tokens)))
+    fit = int(0.6 * available) // row_bytes(shape, computed, attended)
+    return max(1, min(POSITIONS_PER_BATCH[device] // computed, fit))

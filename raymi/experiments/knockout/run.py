@@ -7,7 +7,9 @@ import pyarrow as pa
 import torch
 
 from raymi.experiments.knockout.spec import SCHEMA, Ablation, ablation_id
-from raymi.model.hooked import Batch, Cell, HookedModel
+from raymi.model.engine import Engine
+from raymi.model.full import Batch
+from raymi.model.hooked import Cell
 from raymi.model.interventions import Mask
 from raymi.model.metrics import TokenEffects, effects, token_effects
 from raymi.plan import Unit
@@ -17,7 +19,7 @@ Columns = dict[str, list[Any]]
 
 
 def run(
-    model: HookedModel,
+    engine: Engine,
     unit: Unit,
     prompts: Mapping[str, TokenizedPrompt],
     *,
@@ -29,7 +31,7 @@ def run(
     """Measure every ablation of a unit.
 
     Args:
-        model: the model.
+        engine: the model, and the way it is measured.
         unit: what to measure; its prompts all have the same number of tokens.
         prompts: prompt id -> prompt, at least those of the unit.
         model_id: written into the rows.
@@ -47,7 +49,7 @@ def run(
     work = [(p, ablation) for p, (_, ablations) in enumerate(unit.items) for ablation in ablations]
     cells = [Cell(p, tuple(Mask(layer, a.heads, a.edges) for layer in a.layers)) for p, a in work]
     tables: list[pa.Table] = []
-    for batch in model.ablations(ids_PT, cells):
+    for batch in engine.ablations(ids_PT, cells):
         rows = [(prompts[unit.items[p][0]], ablation) for p, ablation in (work[i] for i in batch.cells)]
         columns = {
             "unit_id": [unit.unit_id] * len(rows),
@@ -55,12 +57,13 @@ def run(
             "model_id": [model_id] * len(rows),
             "revision": [revision] * len(rows),
             "dtype": [dtype] * len(rows),
-            **_asked(rows, model_id, model.n_heads),
+            **_asked(rows, model_id, engine.model.n_heads),
             **_effects(batch, top_k),
             **_tokens(batch, rows),
             "fired": batch.fired_A.tolist(),
             "empty_rows": batch.empty_A.tolist(),
-            "engine": ["full"] * len(rows),
+            "engine": [engine.way] * len(rows),
+            "clean_error": [batch.clean_error] * len(rows),
         }
         tables.append(pa.table(columns, schema=SCHEMA))
     return pa.concat_tables(tables)

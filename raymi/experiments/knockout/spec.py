@@ -384,6 +384,7 @@ SCHEMA = pa.schema(
         ("empty_rows", pa.int32()),
         ("fired", pa.int32()),
         ("engine", pa.string()),
+        ("clean_error", pa.float64()),
     ]
 )
 """Table `ablations`: one row an ablation. Ranks count from 0; probabilities are of the last position."""

@@ -1,0 +1,116 @@
+"""Changing activations at the sites of a block, by hooks on its modules.
+
+Legend: B rows, T positions, D hidden size, H heads, W head width, E entries: one (row, position) or, at z, one
+(row, position, head).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raymi.model.attention import Tap
+from raymi.model.interventions import Edit
+from raymi.model.sites import Block, NoSuchPlace, first_tensor, hidden_input
+
+
+@dataclass(slots=True)
+class SiteEdits:
+    """All that is done at one site of one layer in one forward.
+
+    Edits of one row at one place are applied in the order in which they were given: `rounds`, each without a place
+    that occurs twice.
+    """
+
+    tap: Tap
+    n_heads: int
+    by_head: bool
+    start: int
+    """The first position that is computed."""
+    n_positions: int
+    """How many are."""
+    rounds: list[list[tuple[int, Edit]]] = field(default_factory=list[list[tuple[int, Edit]]])
+
+    def append(self, row: int, edit: Edit) -> int:
+        """Take in an edit of a row; returns how many entries it changes."""
+        for of_round in self.rounds:
+            if all(other != row for other, _ in of_round):
+                of_round.append((row, edit))
+                break
+        else:
+            self.rounds.append([(row, edit)])
+        return len(edit.positions) * (len(self._heads(edit)) if self.by_head else 1)
+
+    def apply(self, x_BTD: Tensor) -> Tensor:
+        """The activation with everything done to it; a new tensor."""
+        shaped = x_BTD.unflatten(-1, (self.n_heads, -1)) if self.by_head else x_BTD
+        shaped = shaped.clone()
+        for of_round in self.rounds:
+            self._apply(shaped, of_round)
+        return shaped.flatten(-2) if self.by_head else shaped
+
+    def _heads(self, edit: Edit) -> tuple[int, ...]:
+        return tuple(range(self.n_heads)) if edit.heads is None else edit.heads
+
+    def _apply(self, x: Tensor, edits: list[tuple[int, Edit]]) -> None:
+        places, factors, shifts = list[tuple[int, ...]](), list[float](), list[Tensor]()
+        for row, edit in edits:
+            heads = [(head,) for head in self._heads(edit)] if self.by_head else [()]
+            at = [(row, position - self.start, *head) for position in edit.positions for head in heads]
+            places += at
+            factors += [edit.factor] * len(at)
+            shifts.append(self._shift(edit, len(heads), x))
+        index = torch.tensor(places, device=x.device)
+        where = tuple(index.unbind(1))
+        factor_E1 = torch.tensor(factors, device=x.device, dtype=x.dtype)[:, None]
+        # A factor of 0 must make even an infinity vanish.
+        kept = torch.where(factor_E1 == 0, torch.zeros_like(factor_E1), x[where] * factor_E1)
+        x[where] = kept + torch.cat(shifts)
+        assert self.tap.fired_B is not None
+        self.tap.fired_B.index_add_(0, index[:, 0], torch.ones_like(index[:, 0]))
+
+    def _shift(self, edit: Edit, n_heads: int, x: Tensor) -> Tensor:
+        width, n = x.shape[-1], len(edit.positions)
+        if edit.shift is None:
+            return x.new_zeros(n * n_heads, width)
+        shape = (n, n_heads, width) if self.by_head else (n, width)
+        try:
+            return edit.shift.to(x).broadcast_to(shape).reshape(-1, width)
+        except RuntimeError:
+            raise NoSuchPlace(
+                f"a value of shape {list(edit.shift.shape)} does not fit blocks.{edit.layer}.{edit.site}, "
+                f"which takes {list(shape)}"
+            ) from None
+
+    # -- as hooks ----------------------------------------------------------------------------------------------------
+
+    def on_input(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        changed = self.apply(hidden_input(args, kwargs))
+        return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+
+    def on_output(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        x = first_tensor(output)
+        # Some families flatten rows and positions in front of their experts.
+        changed = self.apply(x.reshape(-1, self.n_positions, x.shape[-1])).view(x.shape)
+        return changed if isinstance(output, Tensor) else (changed, *output[1:])
+
+
+def place(block: Block, site: str) -> tuple[nn.Module, bool]:
+    """The module whose input (True) or output (False) a site is.
+
+    Raises:
+        NoSuchPlace: when this block has no such site, or it cannot be changed.
+    """
+    places: dict[str, tuple[nn.Module | None, bool]] = {
+        "hook_resid_pre": (block.module, True),
+        "hook_resid_mid": (block.resid_mid, True),
+        "hook_resid_post": (block.module, False),
+        "hook_attn_out": (block.attn_out, False),
+        "hook_mlp_out": (block.mlp_out, False),
+        "attn.hook_z": (block.z, True),
+    }
+    module, is_input = places[site]
+    if module is None:
+        raise NoSuchPlace(f"no {site}: {block.why or 'the family computes attention and MLP side by side'}")
+    return module, is_input

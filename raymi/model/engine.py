@@ -1,0 +1,224 @@
+"""Measuring ablations by the fastest way that is exact on a model, as many at a time as fit into memory."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from raymi.model import memory
+from raymi.model.cone import Cone, NotClean
+from raymi.model.full import Batch, Full
+from raymi.model.hooked import Cell, HookedModel, NotFinite, NotFired
+from raymi.model.interventions import Mask
+from raymi.model.sites import NoSuchPlace
+from raymi.model.sizes import rows_per_batch
+
+Way = Literal["cone", "layers", "full"]
+"""`cone` leaves out layers below and positions before, `layers` only the layers, `full` nothing."""
+
+
+class OutOfMemory(RuntimeError):
+    """Not even one ablation at a time fits."""
+
+
+class WrongNumbers(RuntimeError):
+    """raymi's own attention and the family's eager attention do not agree on this model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """What was measured on a model at load, in logits."""
+
+    way: Way
+    """The fastest way that is exact."""
+    together: bool
+    """Whether rows of several prompts may share a sweep."""
+    why: str
+    """Why the way is not `cone`; empty when it is."""
+    noise: float
+    """Largest difference that the shape of a batch alone makes."""
+    tolerance: float
+    """Differences up to this are noise."""
+    disagreement: float
+    """Largest difference of raymi's full forwards from the family's own attention."""
+    cone_error: float
+    """Largest difference of the way from full forwards."""
+    n_tokens: int
+    """Length of the prompt that it was measured on."""
+
+
+@dataclass(slots=True)
+class Engine:
+    """A model and the way its ablations are measured."""
+
+    model: HookedModel
+    capability: Capability
+    way: Way
+    limits: dict[tuple[Way, int, int], int] = field(default_factory=dict[tuple[Way, int, int], int])
+    """(way, positions computed, positions attended to) -> rows at a time; halved when memory runs out."""
+
+    def ablations(self, ids_PT: Tensor, cells: Sequence[Cell]) -> Iterator[Batch]:
+        """Measure ablations.
+
+        Args:
+            ids_PT: token ids of prompts of one length.
+            cells: what to do to which of them.
+
+        Yields:
+            Batches in the engine's own order; `Batch.cells` says which ablations they hold.
+
+        Raises:
+            OutOfMemory: when a single ablation does not fit.
+            NotFinite, NotFired, NotClean: rather than a wrong number.
+        """
+        if len(ids_PT) > 1 and self.way != "full" and not self.capability.together:
+            yield from self._one_by_one(ids_PT, cells)
+            return
+        method = self._method(ids_PT, cells)
+        for group in method.groups(cells):
+            start = 0
+            while start < len(group):
+                key = self._key(ids_PT, cells[group[start]])
+                chosen = _as_many_as_fit(method, cells, group[start:], self._limit(key))
+                try:
+                    for batch in method.measure(cells, chosen):
+                        start += len(batch.cells)
+                        yield batch
+                except Exception as error:
+                    if not memory.is_out_of_memory(error):
+                        raise
+                    self._halve(key, len(chosen), error)
+
+    def _one_by_one(self, ids_PT: Tensor, cells: Sequence[Cell]) -> Iterator[Batch]:
+        for prompt in sorted({cell.prompt for cell in cells}):
+            indices = [i for i, cell in enumerate(cells) if cell.prompt == prompt]
+            alone = [Cell(0, cells[i].interventions) for i in indices]
+            for batch in self.ablations(ids_PT[prompt : prompt + 1], alone):
+                yield batch._replace(cells=[indices[i] for i in batch.cells])
+
+    def _method(self, ids_PT: Tensor, cells: Sequence[Cell]) -> Cone | Full:
+        if self.way == "full":
+            return Full(self.model, ids_PT)
+        first = min(cell.first_query for cell in cells)
+        return Cone(self.model, ids_PT, first, prefix=self.way == "cone", tolerance=self.capability.tolerance)
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    def _key(self, ids_PT: Tensor, cell: Cell) -> tuple[Way, int, int]:
+        n_tokens = ids_PT.shape[1]
+        return self.way, n_tokens - (cell.first_query if self.way == "cone" else 0), n_tokens
+
+    def _limit(self, key: tuple[Way, int, int]) -> int:
+        if key not in self.limits:
+            _, computed, attended = key
+            free = memory.available(self.model.device)
+            # A clean row always comes along.
+            rows = rows_per_batch(self.model.shape, computed, attended, self.model.device.type, free)
+            self.limits[key] = max(2, rows)
+        return self.limits[key]
+
+    def _halve(self, key: tuple[Way, int, int], n_cells: int, error: Exception) -> None:
+        if n_cells == 1:
+            raise OutOfMemory(
+                f"{self.model.name}: one ablation of a prompt of {key[2]} tokens does not fit into memory ({error})"
+            ) from error
+        self.limits[key] = max(2, min(self.limits[key], n_cells + 1) // 2)
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _as_many_as_fit(method: Cone | Full, cells: Sequence[Cell], indices: Sequence[int], limit: int) -> list[int]:
+    """The longest beginning whose batch has at most `limit` rows; at least one."""
+    n = min(len(indices), limit)
+    while n > 1 and method.rows([cells[i] for i in indices[:n]]) > limit:
+        n -= max(1, (method.rows([cells[i] for i in indices[:n]]) - limit) // 2)
+    return list(indices[: max(1, n)])
+
+
+# -- capability ------------------------------------------------------------------------------------------------------
+
+
+def measure_capability(model: HookedModel, n_tokens: int) -> Capability:
+    """Find the fastest way that is exact, by trying; never by a model's name.
+
+    Args:
+        model: the model.
+        n_tokens: prompt length to try on: longer than every window and chunk that a prompt of the job can exceed.
+
+    Raises:
+        WrongNumbers: raymi's attention differs from the family's own, so that no way is right.
+    """
+    ids_PT = model.probe_ids(n_tokens, 2)
+    cells = _trial(model, n_tokens)
+    full = _logits(Full(model, ids_PT), cells)
+    noise = _noise(model, ids_PT)
+    own_AV = model.forward(
+        ids_PT[[cell.prompt for cell in cells]], [cell.interventions for cell in cells], own_attention=True
+    ).logits_BV
+    largest = float(own_AV.abs().max())
+    tolerance = max(20 * noise, largest * (2e-5 if model.dtype in (torch.float32, torch.float64) else 4e-2))
+    disagreement = float((full - own_AV).abs().max())
+    if not disagreement <= tolerance:
+        raise WrongNumbers(
+            f"{model.name}: raymi's attention differs from {type(model.model).__name__}'s own by {disagreement:.2e} "
+            f"in the logits, where {tolerance:.1e} would be noise"
+        )
+    reasons: list[str] = []
+    for way in ("cone", "layers"):
+        if way == "cone" and not model.dispatches:
+            reasons.append("cone: the family computes its attention itself")
+            continue
+        off, why = _try(model, ids_PT[:1], [cell for cell in cells if cell.prompt == 0], full, way, tolerance)
+        if why:
+            reasons.append(f"{way}: {why}")
+            continue
+        together = not _try(model, ids_PT, cells, full, way, tolerance)[1]
+        return Capability(way, together, "; ".join(reasons), noise, tolerance, disagreement, off, n_tokens)
+    return Capability("full", True, "; ".join(reasons), noise, tolerance, disagreement, 0.0, n_tokens)
+
+
+def _trial(model: HookedModel, n_tokens: int) -> list[Cell]:
+    """Cuts in the lowest and the highest layer with attention, at the end and in the middle, on two prompts."""
+    last, middle = n_tokens - 1, n_tokens // 2
+    lowest, highest = model.attention_layers[0], model.attention_layers[-1]
+    masks = [
+        (Mask(lowest, (model.n_heads - 1,), ((last, last - 1), (last, 0))),),
+        (Mask(highest, None, ((last, last),)),),
+        (Mask(lowest, (0,), ((middle, middle),)), Mask(highest, (0,), ((last, middle),))),
+    ]
+    return [Cell(prompt, mask) for prompt in (0, 1) for mask in masks]
+
+
+def _noise(model: HookedModel, ids_PT: Tensor) -> float:
+    """How much the logits of a prompt differ between a forward alone and one within a batch."""
+    alone = model.forward(ids_PT[:1]).logits_BV[0]
+    within = model.forward(ids_PT[[1, 0, 1, 1]]).logits_BV[1]
+    return float((alone - within).abs().max())
+
+
+def _try(
+    model: HookedModel, ids_PT: Tensor, cells: Sequence[Cell], full_AV: Tensor, way: Way, tolerance: float
+) -> tuple[float, str]:
+    """How far a way is off full forwards, and what speaks against it."""
+    try:
+        cone = Cone(model, ids_PT, min(c.first_query for c in cells), prefix=way == "cone", tolerance=tolerance)
+        off = float((_logits(cone, cells) - full_AV[: len(cells)]).abs().max())
+    except (NotFinite, NotFired, NotClean, NoSuchPlace) as error:
+        return 0.0, str(error)
+    except (RuntimeError, TypeError, AttributeError, IndexError, KeyError, ValueError, NotImplementedError) as error:
+        if memory.is_out_of_memory(error):
+            raise
+        # A family's own code, run in a way that it was not written for, may fail in any of these.
+        return 0.0, f"{type(error).__name__}: {error}"
+    return off, "" if off <= tolerance else f"off by {off:.1e} in the logits, where {tolerance:.1e} would be noise"
+
+
+def _logits(method: Cone | Full, cells: Sequence[Cell]) -> Tensor:
+    """Ablated logits in the order of the cells, [A, V]."""
+    found: dict[int, Tensor] = {}
+    for group in method.groups(cells):
+        for batch in method.measure(cells, group):
+            found.update(zip(batch.cells, batch.ablated_AV, strict=True))
+    return torch.stack([found[i] for i in range(len(cells))])

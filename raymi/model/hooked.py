@@ -322,11 +322,12 @@ class HookedModel:
 
     def _keep(self, site: Site, shape: torch.Size, cache: dict[str, Tensor], stack: ExitStack) -> None:
         def given(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            value = hidden_input(args, kwargs).view(*shape, -1)
+            value = hidden_input(args, kwargs).reshape(*shape, -1).clone()
             cache[str(site)] = value.unflatten(-1, (self.n_heads, -1)) if site.name == "attn.hook_z" else value
 
         def gave(_: nn.Module, __: tuple[object, ...], output: object) -> None:
-            cache[str(site)] = first_tensor(output).view(*shape, -1)
+            # A copy: Falcon goes on to add to its MLP's output in place.
+            cache[str(site)] = first_tensor(output).reshape(*shape, -1).clone()
 
         if site.layer is None:
             stack.callback(self.model.get_input_embeddings().register_forward_hook(gave).remove)

@@ -66,7 +66,7 @@ oracle: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check --quiet
-	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright -p pyproject.toml  # not one of a parent folder
 	$(BIN)/lint-imports --no-logo
 
 bench: $(VENV)/.test

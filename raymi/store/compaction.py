@@ -61,4 +61,4 @@ def _read(run: "Run", table: str, key: str) -> pa.Table:
     data = run.objects.get(key)
     if data is None:
         raise FileNotFoundError(key)
-    return schemas.conform(table, pq.read_table(io.BytesIO(data)))
+    return schemas.conform(table, pq.ParquetFile(io.BytesIO(data)).read(use_threads=False))

@@ -236,7 +236,7 @@ class _Heart(threading.Thread):
 
     def stop(self) -> None:
         self._stopped.set()
-        self.join()
+        self.join(timeout=1)  # it may be waiting for a store that does not answer
 
 
 def _units(data: pa.Table) -> set[str]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from raymi.model.hooked import HookedModel
+from raymi.model.engine import Engine, measure_capability
+from raymi.model.hooked import Cell, HookedModel
 from raymi.model.interventions import Mask
 from raymi.model.loading import Loaded
 from tests import oracles
@@ -50,12 +51,8 @@ def windowed(last: int) -> dict[str, Knockout]:
     }
 
 
-Cell = tuple[int, list[Mask]]
-"""A prompt, and what is cut there."""
-
-
 def cell(prompt: int, knockout: Knockout) -> Cell:
-    return prompt, [Mask(layer, knockout.heads, knockout.edges) for layer in knockout.layers]
+    return Cell(prompt, tuple(Mask(layer, knockout.heads, knockout.edges) for layer in knockout.layers))
 
 
 class Measured(NamedTuple):
@@ -66,9 +63,21 @@ class Measured(NamedTuple):
 
 
 def in_one_batch(model: HookedModel, ids_PT: Tensor, cells: Sequence[Cell]) -> Measured:
-    n, rows = len(ids_PT), [*range(len(ids_PT)), *(prompt for prompt, _ in cells)]
-    out = model.forward(ids_PT[rows], [*([()] * n), *(masks for _, masks in cells)])
+    """By a full forward, clean rows first."""
+    n, rows = len(ids_PT), [*range(len(ids_PT)), *(of.prompt for of in cells)]
+    out = model.forward(ids_PT[rows], [*([()] * n), *(of.interventions for of in cells)])
     return Measured(out.logits_BV[:n], out.logits_BV[n:], out.fired_B[n:], out.empty_B[n:])
+
+
+def by_engine(engine: Engine, ids_PT: Tensor, cells: Sequence[Cell]) -> Measured:
+    """By the way that was found to be fastest on this model, the causal cone where it can be."""
+    found: dict[int, tuple[Tensor, ...]] = {}
+    for batch in engine.ablations(ids_PT, cells):
+        rows = zip(batch.clean_PV[batch.prompt_A], batch.ablated_AV, batch.fired_A, batch.empty_A, strict=True)
+        found.update(zip(batch.cells, rows, strict=True))
+    clean_AV, *others = (torch.stack([found[i][column] for i in range(len(cells))]) for column in range(4))
+    first = [next(i for i, of in enumerate(cells) if of.prompt == p) for p in range(len(ids_PT))]
+    return Measured(clean_AV[first], *others)
 
 
 Logits = Mapping[str, Tensor]
@@ -84,32 +93,35 @@ def compare(ours: Logits, theirs: Logits, clean: Logits, share: float) -> None:
 
 
 def check(
-    model: HookedModel, plain: PreTrainedModel, ids_PT: Tensor, knockouts: Mapping[str, Knockout], share: float
+    engine: Engine, plain: PreTrainedModel, ids_PT: Tensor, knockouts: Mapping[str, Knockout], share: float
 ) -> None:
-    """All knockouts of all prompts in one batch: against edited softmaxes, and edited masks where keys are left."""
+    """Knockouts of all prompts at once, against edited softmaxes, and against edited masks where keys are left."""
     named = {f"{p}: {name}": (p, knockout) for p in range(len(ids_PT)) for name, knockout in knockouts.items()}
-    batch = in_one_batch(model, ids_PT, [cell(*of) for of in named.values()])
-    ours = dict(zip(named, batch.ablated_AV, strict=True))
-    clean_P = [oracles.last_logits(plain, ids_T) for ids_T in ids_PT]
-    clean = {name: clean_P[p] for name, (p, _) in named.items()}
-    torch.testing.assert_close(batch.clean_PV, torch.stack(clean_P), atol=TOLERANCE, rtol=0)
-
+    n_heads = engine.model.n_heads
+    n_edges = [len(k.layers) * len(k.edges) * (n_heads if k.heads is None else len(k.heads)) for _, k in named.values()]
+    clean_PV = torch.stack([oracles.last_logits(plain, ids_T) for ids_T in ids_PT])
+    clean = {name: clean_PV[p] for name, (p, _) in named.items()}
     found = {name: oracles.by_edited_softmax(plain, ids_PT[p], knockout) for name, (p, knockout) in named.items()}
-    compare(ours, {name: logits_V for name, (logits_V, _) in found.items()}, clean, share)
-    assert batch.empty_A.tolist() == [n_empty for _, n_empty in found.values()]
-    assert batch.fired_A.tolist() == [
-        len(k.layers) * len(k.edges) * (model.n_heads if k.heads is None else len(k.heads)) for _, k in named.values()
-    ]
-    if oracles.dispatches(plain):
-        left = [name for name, (_, n_empty) in found.items() if n_empty == 0]
-        theirs = {name: oracles.by_edited_mask(plain, ids_PT[named[name][0]], named[name][1]) for name in left}
-        compare({name: ours[name] for name in left}, theirs, clean, share)
+    left = [name for name, (_, n_empty) in found.items() if n_empty == 0 and oracles.dispatches(plain)]
+    masked = {name: oracles.by_edited_mask(plain, ids_PT[named[name][0]], named[name][1]) for name in left}
+
+    cells = [cell(*of) for of in named.values()]
+    for measured in (in_one_batch(engine.model, ids_PT, cells), by_engine(engine, ids_PT, cells)):
+        ours = dict(zip(named, measured.ablated_AV, strict=True))
+        torch.testing.assert_close(measured.clean_PV, clean_PV, atol=TOLERANCE, rtol=0)
+        compare(ours, {name: logits_V for name, (logits_V, _) in found.items()}, clean, share)
+        if oracles.dispatches(plain):
+            compare({name: ours[name] for name in left}, masked, clean, share)
+        assert measured.empty_A.tolist() == [n_empty for _, n_empty in found.values()]
+        assert measured.fired_A.tolist() == n_edges
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_families(family: str, hooked: Callable[[str], HookedModel], plain: Build):
     knockouts = cases(4, 4, PROMPT - 1) | windowed(PROMPT - 1)
-    check(hooked(family), plain(family), prompt(rows=2), knockouts, 0.6)
+    capability = measure_capability(hooked(family), PROMPT)
+    assert (capability.way == "cone") == (family not in oracles.OWN_ATTENTION), capability.why
+    check(Engine(hooked(family), capability, capability.way), plain(family), prompt(rows=2), knockouts, 0.6)
 
 
 @pytest.mark.parametrize("family", [family for family in CONFIGS if family not in oracles.OWN_ATTENTION])
@@ -140,7 +152,7 @@ def test_in_float64_only_rounding_is_left(family: str):
     model, plain, ids_PT = HookedModel(build(family).double(), family), build(family).double(), prompt()
     knockouts = list(cases(4, 4, PROMPT - 1).values())
     # The rest of a forward in float64: what remains is the softmax, which all families take in float32.
-    interventions = [cell(0, knockout)[1] for knockout in knockouts]
+    interventions = [cell(0, knockout).interventions for knockout in knockouts]
     ours_AV = model.forward(ids_PT.expand(len(knockouts), -1), interventions).logits_BV
     theirs_AV = torch.stack([oracles.by_edited_softmax(plain, ids_PT[0], k)[0] for k in knockouts])
     torch.testing.assert_close(ours_AV.double(), theirs_AV, atol=2e-6, rtol=1e-6)
@@ -159,7 +171,7 @@ EDGES = {
 @pytest.mark.parametrize("family", EDGES)
 def test_a_window_ends_where_it_should(family: str, hooked: Callable[[str], HookedModel]):
     layer, inside, outside = EDGES[family]
-    cells = [(0, [Mask(layer, None, ((PROMPT - 1, key),))]) for key in (inside, outside)]
+    cells = [Cell(0, (Mask(layer, None, ((PROMPT - 1, key),)),)) for key in (inside, outside)]
     batch = in_one_batch(hooked(family), prompt(), cells)
     effects = (batch.ablated_AV - batch.clean_PV).abs().amax(-1).tolist()
     assert effects[0] > EFFECT
@@ -172,8 +184,8 @@ def test_company_in_a_batch_does_not_matter(family: str, hooked: Callable[[str],
     knockouts = [*cases(4, 4, PROMPT - 1).values()]
     cells = [cell(i % 3, knockout) for i, knockout in enumerate(knockouts)]
     together = in_one_batch(model, ids_PT, cells)
-    for row, (of_prompt, masks) in enumerate(cells):
-        alone = model.forward(ids_PT[of_prompt][None], [masks])
+    for row, of in enumerate(cells):
+        alone = model.forward(ids_PT[of.prompt][None], [of.interventions])
         torch.testing.assert_close(together.ablated_AV[row], alone.logits_BV[0], atol=1e-5, rtol=0)
         assert (together.fired_A[row], together.empty_A[row]) == (alone.fired_B[0], alone.empty_B[0])
 
@@ -183,9 +195,9 @@ def test_company_in_a_batch_does_not_matter(family: str, hooked: Callable[[str],
 
 @pytest.mark.parametrize("name", ["glassllm-en", "glassllm-pt", "microformer-mgm"])
 def test_small_trained_models(name: str, demo: Callable[[str], Loaded], plain_demo: Build):
-    model = demo(name).model
+    engine, model = demo(name).engine, demo(name).engine.model
     ids_PT = torch.randint(4, model.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
-    check(model, plain_demo(name), ids_PT, cases(model.n_layers, model.n_heads, 23), 0.7)
+    check(engine, plain_demo(name), ids_PT, cases(model.n_layers, model.n_heads, 23), 0.7)
 
 
 FRANCE, SPAIN = [504, 3575, 282, 4649, 314], [504, 3575, 282, 7476, 314]
@@ -193,14 +205,14 @@ FRANCE, SPAIN = [504, 3575, 282, 4649, 314], [504, 3575, 282, 7476, 314]
 
 
 def test_smollm2(demo: Callable[[str], Loaded], plain_demo: Build):
-    model, plain, ids_PT = demo(SMOLLM2).model, plain_demo(SMOLLM2), torch.tensor([FRANCE, SPAIN])
-    knockouts = list(cases(model.n_layers, model.n_heads, 4).items())
-    check(model, plain, ids_PT[:1], dict(knockouts[::2]), 0.7)
-    check(model, plain, ids_PT, dict(knockouts[1:4:2]), 0.7)
+    engine, plain, ids_PT = demo(SMOLLM2).engine, plain_demo(SMOLLM2), torch.tensor([FRANCE, SPAIN])
+    knockouts = list(cases(engine.model.n_layers, engine.model.n_heads, 4).items())
+    check(engine, plain, ids_PT[:1], dict(knockouts[::2]), 0.7)
+    check(engine, plain, ids_PT, dict(knockouts[1:4:2]), 0.7)
 
 
 def test_smollm2_by_transformer_lens(demo: Callable[[str], Loaded], plain_demo: Build):
-    model, ids_T = demo(SMOLLM2).model, torch.tensor(SPAIN)
+    model, ids_T = demo(SMOLLM2).engine.model, torch.tensor(SPAIN)
     lens = oracles.bridge(copy.deepcopy(plain_demo(SMOLLM2)))
     chosen = {name: cases(model.n_layers, model.n_heads, 4)[name] for name in ("all heads", "no key left in one head")}
     batch = in_one_batch(model, ids_T[None], [cell(0, knockout) for knockout in chosen.values()])
@@ -212,7 +224,7 @@ def test_smollm2_by_transformer_lens(demo: Callable[[str], Loaded], plain_demo: 
 def test_the_reference_cell_on_smollm2(demo: Callable[[str], Loaded]):
     """Middle layer, all heads, last position to first: figures found with plain transformers and an edited mask."""
     ids_PT, paris = torch.tensor([FRANCE]), 7042
-    batch = in_one_batch(demo(SMOLLM2).model, ids_PT, [(0, [Mask(15, None, ((4, 0),))])])
+    batch = in_one_batch(demo(SMOLLM2).engine.model, ids_PT, [Cell(0, (Mask(15, None, ((4, 0),)),))])
     clean_V, ablated_V = batch.clean_PV[0], batch.ablated_AV[0]
     assert oracles.kl(clean_V, ablated_V) == pytest.approx(0.049847, abs=2e-6)
     assert float(clean_V[paris] - ablated_V[paris]) == pytest.approx(0.93340, abs=2e-5)

@@ -1,0 +1,158 @@
+"""Captures equal the model's own outputs and TransformerLens's cache; a wrong name is told the right one."""
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from raymi.model.hooked import HookedModel
+from raymi.model.interventions import Mask
+from raymi.model.sites import NAMES, NoSuchPlace, UnknownSite, parse
+from tests import oracles
+from tests.families import CONFIGS, PROMPT, Build, build, prompt
+
+Hooked = Callable[[str], HookedModel]
+SIDE_BY_SIDE = ("gpt_neox", "cohere", "phi", "codegen", "falcon", "gptj")
+"""Families that compute attention and MLP from the same input: nothing is in the middle."""
+
+
+def captured(model: HookedModel, ids_BT: Tensor, layer: int, names: list[str]) -> Mapping[str, Tensor]:
+    cache = model.forward(ids_BT, capture=[f"blocks.{layer}.{name}" for name in names]).cache
+    return {name: cache[f"blocks.{layer}.{name}"] for name in names}
+
+
+def close(ours: Tensor, theirs: Tensor, atol: float = 2e-5) -> None:
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-5)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_models_own_outputs(family: str, hooked: Hooked, plain: Build):
+    """Residual streams and patterns are those that transformers hands out when asked."""
+    model, ids_BT = hooked(family), prompt(rows=2)
+    with torch.no_grad():
+        theirs = plain(family)(ids_BT, use_cache=False, output_hidden_states=True, output_attentions=True)
+    for layer in range(model.n_layers):
+        ours = captured(model, ids_BT, layer, ["hook_resid_pre", "hook_resid_post"])
+        close(ours["hook_resid_pre"], theirs.hidden_states[layer])
+        if layer + 1 < model.n_layers:  # the last one that transformers hands out is normed
+            close(ours["hook_resid_post"], theirs.hidden_states[layer + 1])
+        if family not in oracles.OWN_ATTENTION:
+            close(captured(model, ids_BT, layer, ["attn.hook_pattern"])["attn.hook_pattern"], theirs.attentions[layer])
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("family", [family for family in CONFIGS if family != "granite"])
+def test_a_block_is_the_sum_of_its_parts(family: str, hooked: Hooked):
+    names = ["hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_resid_post"]
+    for layer in range(4):
+        before, attention, mlp, after = captured(hooked(family), prompt(rows=2), layer, names).values()
+        assert float(attention.abs().max()) > 1e-2
+        assert float(mlp.abs().max()) > 1e-2
+        close(before + attention + mlp, after)
+        if family not in SIDE_BY_SIDE:
+            middle = captured(hooked(family), prompt(rows=2), layer, ["hook_resid_mid"])["hook_resid_mid"]
+            close(before + attention, middle)
+
+
+# What TransformerLens does not have under these names, or means differently by them.
+_ROTATED = {"attn.hook_rot_q", "attn.hook_rot_k"}
+ELSEWHERE = {
+    "gpt2": _ROTATED,
+    "gpt_neox": _ROTATED,
+    "phi3": _ROTATED,
+    "granite": {"hook_resid_mid", "hook_attn_out", "hook_mlp_out"},  # scaled before they are added
+    "falcon": {"hook_mlp_out"},  # its tensor is one that Falcon went on to change
+}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("family", oracles.BRIDGED)
+def test_transformer_lens(family: str, hooked: Hooked):
+    """The same names, shapes and numbers; causal masks are -inf here and a very low number there."""
+    model, ids_BT = hooked(family), prompt(rows=2)
+    theirs = oracles.bridge_cache(oracles.bridge(build(family)), ids_BT)
+    missing = ELSEWHERE.get(family, set[str]()) | ({"hook_resid_mid"} if family in SIDE_BY_SIDE else set[str]())
+    if family in oracles.OWN_ATTENTION:
+        missing |= {name for name in NAMES if name.startswith("attn.") and name != "attn.hook_z"}
+    for layer in (0, 3):
+        for name in set(NAMES) - missing:
+            ours, lens = captured(model, ids_BT, layer, [name])[name], theirs[f"blocks.{layer}.{name}"]
+            assert ours.shape == lens.shape, name
+            if name == "attn.hook_attn_scores":
+                lens = lens.masked_fill(lens < torch.finfo(lens.dtype).min / 4, -torch.inf)
+            close(ours, lens)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "opt"])
+def test_embeddings(family: str, hooked: Hooked, plain: Build):
+    """What the embedding gives, Gemma's scale included; positions are added afterwards."""
+    with torch.no_grad():
+        theirs = plain(family).get_input_embeddings()(prompt())
+    close(hooked(family).forward(prompt(), capture=["hook_embed"]).cache["hook_embed"], theirs, atol=0.0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss", "gemma2"])
+def test_a_cut_edge_shows_in_what_is_captured(family: str, hooked: Hooked):
+    names = ["attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_z"]
+    sites = [f"blocks.1.{name}" for name in names]
+    every_key = tuple((PROMPT - 1, key) for key in range(PROMPT))
+    masks = [(), (Mask(1, (2,), ((9, 8),)),), (Mask(1, (2,), every_key),)]
+    cache = hooked(family).forward(prompt().expand(3, -1), masks, capture=sites).cache
+    scores_BHQS, pattern_BHQS, z_BTHW = (cache[site] for site in sites)
+    assert scores_BHQS[0, 2, 9, 8].isfinite()
+    assert pattern_BHQS[0, 2, 9, 8] > 0
+    assert scores_BHQS[1, 2, 9, 8] == -torch.inf
+    assert pattern_BHQS[1, 2, 9, 8] == 0
+    assert int((pattern_BHQS[1] != pattern_BHQS[0]).any(-1).sum()) == 1  # one line of one head
+    if family != "gpt_oss":  # the rest takes over; elsewhere a sink takes part of it
+        assert float(pattern_BHQS[1, 2, 9].sum()) == pytest.approx(1)
+    assert scores_BHQS[2, 2, -1].isneginf().all()
+    assert not pattern_BHQS[2, 2, -1].any()
+    assert not z_BTHW[2, -1, 2].any()
+    assert z_BTHW[2, -1, 1].any()
+
+
+def test_a_capture_is_a_copy(hooked: Hooked):
+    """What is done to a captured tensor does not come back in the next forward."""
+    first = hooked("llama").forward(prompt(), capture=["blocks.0.hook_resid_pre"])
+    first.cache["blocks.0.hook_resid_pre"].fill_(7.0)
+    assert torch.equal(hooked("llama").forward(prompt()).logits_BV, first.logits_BV)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("blocks.1.attn.hook_atn_scores", "'blocks.1.attn.hook_attn_scores'"),
+        ("blocks.3.attn.hook_scores", "'blocks.3.attn.hook_attn_scores'"),
+        ("blocks.0.resid_post", "'blocks.0.hook_resid_post'"),
+        ("embed", "'hook_embed'"),
+        ("blocks.4.hook_mlp_out", "layers 0 to 3"),
+        ("block.1.hook_mlp_out", "hook_mlp_out'"),
+        ("", "did you mean"),
+    ],
+)
+def test_an_unknown_name_is_told_the_nearest(wrong: str, meant: str):
+    with pytest.raises(UnknownSite, match=meant):
+        parse(wrong, 4)
+
+
+@pytest.mark.parametrize("name", ["hook_embed", *(f"blocks.3.{name}" for name in NAMES)])
+def test_names_survive_parsing(name: str):
+    assert str(parse(name, 4)) == name
+
+
+@pytest.mark.parametrize(
+    ("family", "site", "why"),
+    [
+        ("granite", "blocks.0.hook_attn_out", "granite .* hook_attn_out: .*does not sum"),
+        ("gpt_neox", "blocks.2.hook_resid_mid", "gpt_neox .* layer 2 .*hook_resid_mid: .*side by side"),
+        ("bloom", "blocks.1.attn.hook_pattern", "bloom .*attn.hook_pattern.*own"),
+    ],
+)
+def test_a_place_that_a_model_lacks_is_named_with_the_reason(family: str, site: str, why: str, hooked: Hooked):
+    with pytest.raises(NoSuchPlace, match=why):
+        hooked(family).forward(prompt(), capture=[site])
+    hooked(family).forward(prompt())  # and the model is as it was

@@ -1,8 +1,7 @@
 """Knockouts equal what others compute: to 1e-4 on the logits, where their effect exceeds 1e-3."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from raymi.model.interventions import Mask
 from raymi.model.loading import Loaded
 from tests import oracles
 from tests.families import CONFIGS, PROMPT, REQUIRED, WINDOW, Build, build, prompt
+from tests.model.measuring import by_engine, in_one_batch
 from tests.oracles import Knockout
 
 pytestmark = pytest.mark.oracle
@@ -53,31 +53,6 @@ def windowed(last: int) -> dict[str, Knockout]:
 
 def cell(prompt: int, knockout: Knockout) -> Cell:
     return Cell(prompt, tuple(Mask(layer, knockout.heads, knockout.edges) for layer in knockout.layers))
-
-
-class Measured(NamedTuple):
-    clean_PV: Tensor
-    ablated_AV: Tensor
-    fired_A: Tensor
-    empty_A: Tensor
-
-
-def in_one_batch(model: HookedModel, ids_PT: Tensor, cells: Sequence[Cell]) -> Measured:
-    """By a full forward, clean rows first."""
-    n, rows = len(ids_PT), [*range(len(ids_PT)), *(of.prompt for of in cells)]
-    out = model.forward(ids_PT[rows], [*([()] * n), *(of.interventions for of in cells)])
-    return Measured(out.logits_BV[:n], out.logits_BV[n:], out.fired_B[n:], out.empty_B[n:])
-
-
-def by_engine(engine: Engine, ids_PT: Tensor, cells: Sequence[Cell]) -> Measured:
-    """By the way that was found to be fastest on this model, the causal cone where it can be."""
-    found: dict[int, tuple[Tensor, ...]] = {}
-    for batch in engine.ablations(ids_PT, cells):
-        rows = zip(batch.clean_PV[batch.prompt_A], batch.ablated_AV, batch.fired_A, batch.empty_A, strict=True)
-        found.update(zip(batch.cells, rows, strict=True))
-    clean_AV, *others = (torch.stack([found[i][column] for i in range(len(cells))]) for column in range(4))
-    first = [next(i for i, of in enumerate(cells) if of.prompt == p) for p in range(len(ids_PT))]
-    return Measured(clean_AV[first], *others)
 
 
 Logits = Mapping[str, Tensor]

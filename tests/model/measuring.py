@@ -1,0 +1,35 @@
+"""Ablations measured in raymi's ways, in the order in which they were asked for."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from raymi.model.engine import Engine
+from raymi.model.hooked import Cell, HookedModel
+
+
+class Measured(NamedTuple):
+    clean_PV: Tensor
+    ablated_AV: Tensor
+    fired_A: Tensor
+    empty_A: Tensor
+
+
+def in_one_batch(model: HookedModel, ids_PT: Tensor, cells: Sequence[Cell]) -> Measured:
+    """By a full forward, clean rows first."""
+    n, rows = len(ids_PT), [*range(len(ids_PT)), *(of.prompt for of in cells)]
+    out = model.forward(ids_PT[rows], [*([()] * n), *(of.interventions for of in cells)])
+    return Measured(out.logits_BV[:n], out.logits_BV[n:], out.fired_B[n:], out.empty_B[n:])
+
+
+def by_engine(engine: Engine, ids_PT: Tensor, cells: Sequence[Cell]) -> Measured:
+    """By the way that was found to be fastest on this model, the causal cone where it can be."""
+    found: dict[int, tuple[Tensor, ...]] = {}
+    for batch in engine.ablations(ids_PT, cells):
+        rows = zip(batch.clean_PV[batch.prompt_A], batch.ablated_AV, batch.fired_A, batch.empty_A, strict=True)
+        found.update(zip(batch.cells, rows, strict=True))
+    clean_AV, *others = (torch.stack([found[i][column] for i in range(len(cells))]) for column in range(4))
+    first = [next(i for i, of in enumerate(cells) if of.prompt == p) for p in range(len(ids_PT))]
+    return Measured(clean_AV[first], *others)

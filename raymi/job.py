@@ -58,6 +58,12 @@ class Job(Fields):
     top_k: int = Field(default=10, strict=True, ge=0)
     """How many of the most changed tokens a row holds."""
     seed: int = Field(default=0, strict=True)
+    engine: Literal["auto", "full"] = "auto"
+    """`auto` measures by the fastest way that is exact on a model, `full` by one full forward an ablation."""
+    verify: int = Field(default=8, strict=True, ge=0)
+    """How many ablations every replica measures a second time, by full forwards, before anything else."""
+    on_mismatch: Literal["fail", "full"] = "fail"
+    """When they do not agree: `fail` the model, or go on by `full` forwards."""
     unit_ablations: int = Field(default=512, strict=True, ge=1)
     """Most ablations that are leased, retried and committed together."""
 

@@ -1,15 +1,18 @@
 """From a job and a catalog to units: which models, then per model which ablations are leased and committed together."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import sha256
+from random import Random
 
 from raymi.catalog import CachedModel
 from raymi.errors import UserError
 from raymi.experiments.knockout.spec import Ablation, KnockoutSpec, ablations, check
 from raymi.job import Job
+from raymi.model.sizes import METRIC_SLICE, UNEMBEDDED, Shape, row_bytes, rows_per_batch
 from raymi.prompts import TokenizedPrompt
 
 UNIT_VERSION = 1
@@ -29,7 +32,7 @@ class Unit:
     items: tuple[tuple[str, tuple[Ablation, ...]], ...]
     """(prompt id, its ablations), prompts of equal token length only."""
     flops: int
-    """Estimate of the arithmetic of the unit by full forwards, for planning and progress."""
+    """Arithmetic by the causal cone (by full forwards where the job asks for those), for planning and progress."""
 
     @property
     def n_ablations(self) -> int:
@@ -43,7 +46,7 @@ class CutRule:
     unit_ablations: int = 512
     """Most ablations of a unit."""
     unit_flops: int = 4_000_000_000_000
-    """Most arithmetic of a unit by full forwards, as long as it holds one ablation."""
+    """Most arithmetic of a unit by the causal cone, as long as it holds one ablation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,12 +147,12 @@ def units(
             _fits(prompt, model)
             by_length.setdefault(len(prompt.token_ids), []).append(prompt)
     about = [UNIT_VERSION, model.id, model.revision, job.dtype, spec.canonical, job.top_k]
+    full = job.engine == "full"
     cut: list[Unit] = []
     for n_tokens, bucket in sorted(by_length.items()):
-        flops = full_forward_flops(model, n_tokens)
-        size = max(1, min(rule.unit_ablations, rule.unit_flops // max(1, flops)))
+        cost = Cost.of(model, n_tokens)
         work = ((prompt, ablations(spec, prompt, *_shape(model))) for prompt in bucket)
-        cut += [_unit(about, spec.name, block, flops) for block in _blocks(work, size)]
+        cut += [_unit(about, spec.name, block, cost, full=full) for block in _blocks(work, rule, cost)]
     return cut
 
 
@@ -164,49 +167,98 @@ def _fits(prompt: TokenizedPrompt, model: CachedModel) -> None:
 Block = list[tuple[TokenizedPrompt, tuple[Ablation, ...]]]
 
 
-def _blocks(work: Iterable[tuple[TokenizedPrompt, list[Ablation]]], size: int) -> Iterator[Block]:
-    """The same ablations in the same order, `size` at a time."""
+def _blocks(work: Iterable[tuple[TokenizedPrompt, list[Ablation]]], rule: CutRule, cost: "Cost") -> Iterator[Block]:
+    """The same ablations in the same order, as many at a time as the rule allows.
+
+    A prompt that fits into a block is not split over two: its clean run would be made twice.
+    """
     block: Block = []
-    room = size
+    room, flops = rule.unit_ablations, rule.unit_flops
     for prompt, its in work:
+        costs = [cost.cone(a) for a in its]
+        if block and (len(its) > room or sum(costs) > flops):
+            yield block
+            block, room, flops = [], rule.unit_ablations, rule.unit_flops
         start = 0
         while start < len(its):
-            part = tuple(its[start : start + room])
-            block.append((prompt, part))
-            start += len(part)
-            room -= len(part)
-            if room == 0:
+            stop = start
+            while stop < len(its) and room and (costs[stop] <= flops or not (block or stop > start)):
+                room, flops, stop = room - 1, flops - costs[stop], stop + 1
+            if stop > start:
+                block.append((prompt, tuple(its[start:stop])))
+            start = stop
+            if start < len(its):
                 yield block
-                block, room = [], size
+                block, room, flops = [], rule.unit_ablations, rule.unit_flops
     if block:
         yield block
 
 
-def _unit(about: Sequence[object], experiment: str, block: Block, flops: int) -> Unit:
+def _unit(about: Sequence[object], experiment: str, block: Block, cost: "Cost", *, full: bool) -> Unit:
     # Ids of prompts may be the user's, who may write another text under the same id: tokens tell.
     items = [
         [p.prompt.id, p.token_ids, p.answer_id, p.wrong_id, [(a.layers, a.heads, a.edges) for a in part]]
         for p, part in block
     ]
     text = json.dumps([about, items], separators=(",", ":"))
-    n_forwards = sum(len(part) + 1 for _, part in block)  # every prompt is also run clean
+    # Every prompt is also run clean.
+    measured = sum(cost.full if full else cost.cone(ablation) for _, part in block for ablation in part)
     return Unit(
         unit_id=sha256(text.encode()).hexdigest()[:16],
         experiment=experiment,
         items=tuple((prompt.prompt.id, part) for prompt, part in block),
-        flops=n_forwards * flops,
+        flops=len(block) * cost.full + measured,
     )
 
 
-def full_forward_flops(model: CachedModel, n_tokens: int) -> int:
-    """Arithmetic of one prompt through the whole model: every weight, the attention, one position unembedded.
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Arithmetic of a model at one prompt length. What the catalog does not know counts as nothing."""
 
-    What the catalog does not know counts as nothing; a head of its own counts as if every position were unembedded.
+    n_layers: int
+    n_tokens: int
+    per_position: int
+    """Of one position through one layer: its weights, and attention to the whole prompt."""
+    unembedding: int
+
+    @classmethod
+    def of(cls, model: CachedModel, n_tokens: int) -> "Cost":
+        hidden, vocabulary, n_layers = model.hidden_size or 0, model.vocab_size or 0, max(1, model.n_layers or 1)
+        # A head of its own counts among the layers' weights: the catalog does not say whether it is tied.
+        weights = max(0, (model.parameters or 0) - vocabulary * hidden) // n_layers
+        return cls(n_layers, n_tokens, 2 * weights + 4 * n_tokens * hidden, 2 * vocabulary * hidden)
+
+    @property
+    def full(self) -> int:
+        """One forward of the whole prompt, one position unembedded."""
+        return self.n_layers * self.n_tokens * self.per_position + self.unembedding
+
+    def cone(self, ablation: Ablation) -> int:
+        """One ablation, from its first layer and its first query on."""
+        layers, positions = self.n_layers - ablation.layers[0], self.n_tokens - ablation.edges[0][0]
+        return layers * positions * self.per_position + self.unembedding
+
+
+def full_forward_flops(model: CachedModel, n_tokens: int) -> int:
+    """Arithmetic of one prompt through the whole model."""
+    return Cost.of(model, n_tokens).full
+
+
+def drawn(job: Job, model: CachedModel, prompts: Sequence[TokenizedPrompt]) -> list[tuple[TokenizedPrompt, Ablation]]:
+    """The ablations that are measured twice, once by full forwards: `job.verify` of them, drawn by the job's seed.
+
+    Args:
+        job: the job.
+        model: the model.
+        prompts: as the model reads them.
     """
-    hidden, vocabulary = model.hidden_size or 0, model.vocab_size or 0
-    weights = max(0, (model.parameters or 0) - vocabulary * hidden)
-    attention = 4 * n_tokens * n_tokens * hidden * (model.n_layers or 0)
-    return 2 * weights * n_tokens + attention + 2 * vocabulary * hidden
+    random = Random(f"{job.seed} {model.id}")
+    choices = [(spec, prompt) for spec in job.experiments for prompt in prompts if spec.chooses(prompt.prompt.id)]
+    found: list[tuple[TokenizedPrompt, Ablation]] = []
+    for spec, prompt in random.choices(choices, k=job.verify) if choices else []:
+        if its := ablations(spec, prompt, *_shape(model)):
+            found.append((prompt, random.choice(its)))
+    return found
 
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -217,15 +269,19 @@ class Rates:
     """What a machine does, as measured on it."""
 
     flops: float
-    """Arithmetic a second in matrix products of the size of a layer's."""
+    """Arithmetic a second in large matrix products."""
     load_bytes: float
     """Bytes of weights loaded a second."""
     start_seconds: float
-    """From the start of a process until it can load."""
+    """From the start of a process until it can load, and of the checks behind the load."""
+    step_seconds: float
+    """What one layer of one forward takes however small the batch is."""
     process_bytes: int
     """What a process takes before a model is loaded."""
-    batch_rows: int
-    """Ablations run as one batch."""
+    device: str
+    """cpu, cuda or mps."""
+    free_bytes: int
+    """Memory of the device that batches may be cut to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,23 +291,63 @@ class Estimate:
     seconds: float
     peak_bytes: int
     """Of the replica's process, on the CPU; on a GPU, the share beyond `process_bytes` is the GPU's."""
+    forwards: int
+    """Clean runs, and sweeps or batches of ablations."""
 
 
-def estimate(model: CachedModel, dtype: str, units: Sequence[Unit], longest: int, rates: Rates) -> Estimate:
-    """Time and peak memory of a model's units by full forwards.
+EFFICIENCY = 0.6
+"""Share of the rate of large matrix products that a model's reach, over short and long prompts."""
+
+
+def estimate(
+    job: Job, model: CachedModel, units: Sequence[Unit], prompts: Mapping[str, TokenizedPrompt], rates: Rates
+) -> Estimate:
+    """Time and peak memory of a model's units, measured by the causal cone (or as the job says).
 
     Args:
+        job: the job.
         model: the model.
-        dtype: what it computes in.
         units: its units.
-        longest: tokens of their longest prompt.
+        prompts: prompt id -> prompt.
         rates: of the machine.
     """
-    size = _BYTES[dtype]
+    size, n_layers = _BYTES[job.dtype], model.n_layers or 1
+    hidden, vocabulary = model.hidden_size or 0, model.vocab_size or 0
+    shape = Shape(model.n_heads or 1, hidden, model.intermediate_size or 4 * hidden, vocabulary, size)
     weights = (model.parameters or model.size_on_disk // 2) * size
-    hidden, heads, vocabulary = model.hidden_size or 0, model.n_heads or 0, model.vocab_size or 0
-    # A layer's widest moment: the MLP's inner states beside the residual stream, then scores and their softmax.
-    row = longest * hidden * 12 * size + 2 * heads * longest * longest * max(size, 4) + 4 * vocabulary * 4
-    rows = min(rates.batch_rows, max((unit.n_ablations for unit in units), default=0) + 1)
-    seconds = rates.start_seconds + weights / rates.load_bytes + sum(unit.flops for unit in units) / rates.flops
-    return Estimate(seconds=seconds, peak_bytes=rates.process_bytes + weights + rows * row)
+    full = job.engine == "full"
+    forwards, widest = 0, 0
+    for unit in units:
+        for n_rows, computed, attended in _batches(unit, prompts, full=full):
+            most = rows_per_batch(shape, computed, attended, rates.device, rates.free_bytes)
+            forwards += 1 + -(-n_rows // most)
+            widest = max(widest, min(n_rows, most) * row_bytes(shape, computed, attended))
+    longest = max((len(prompt.token_ids) for prompt in prompts.values()), default=1)
+    kept = 0 if full else n_layers * longest * size * (hidden + 2 * _key_width(model))
+    logits = min(UNEMBEDDED, max((unit.n_ablations for unit in units), default=0) * vocabulary) * 4
+    work = kept + max(widest, row_bytes(shape, longest, longest)) + 2 * logits + 6 * 4 * METRIC_SLICE
+    # While it loads, a process on the CPU also holds the file that the weights are converted from.
+    source = model.size_on_disk if rates.device == "cpu" else 0
+    seconds = (
+        rates.start_seconds
+        + weights / rates.load_bytes
+        + forwards * n_layers * rates.step_seconds
+        + sum(unit.flops for unit in units) / (EFFICIENCY * rates.flops)
+    )
+    return Estimate(seconds, rates.process_bytes + weights + max(source, work), forwards)
+
+
+def _batches(unit: Unit, prompts: Mapping[str, TokenizedPrompt], *, full: bool) -> Iterator[tuple[int, int, int]]:
+    """(rows, positions computed, positions attended to) of what a unit's ablations go through the model in."""
+    n_tokens = len(prompts[unit.items[0][0]].token_ids)
+    if full:
+        yield unit.n_ablations + len(unit.items), n_tokens, n_tokens
+        return
+    by_query = Counter(ablation.edges[0][0] for _, its in unit.items for ablation in its)
+    for query, n_rows in by_query.items():
+        yield n_rows + 1, n_tokens - query, n_tokens
+
+
+def _key_width(model: CachedModel) -> int:
+    hidden, heads = model.hidden_size or 0, model.n_heads or 1
+    return (model.head_dim or hidden // heads) * (model.n_kv_heads or heads)

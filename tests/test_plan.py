@@ -14,7 +14,19 @@ from raymi.catalog import CachedModel
 from raymi.errors import UserError
 from raymi.experiments.knockout.spec import Ablation, ablation_id, ablations
 from raymi.job import Job, load_job, make_job
-from raymi.plan import CutRule, Rates, Rejected, Unit, estimate, full_forward_flops, selected, units
+from raymi.plan import (
+    EFFICIENCY,
+    Cost,
+    CutRule,
+    Rates,
+    Rejected,
+    Unit,
+    drawn,
+    estimate,
+    full_forward_flops,
+    selected,
+    units,
+)
 from raymi.prompts import Prompt, TokenizedPrompt, tokenize
 from tests.tiny_tokenizers import words
 
@@ -178,10 +190,11 @@ def test_units_hold_everything_once(sizes: list[int], most: int, budget: int) ->
     length = {p.prompt.id: len(p.token_ids) for p in prompts}
     for unit in cut:
         [n_tokens] = {length[id] for id, _ in unit.items}
-        forward = full_forward_flops(small, n_tokens)
+        cost = Cost.of(small, n_tokens)
+        measured = sum(cost.cone(a) for _, part in unit.items for a in part)
         assert unit.n_ablations <= most
-        assert unit.n_ablations == 1 or unit.n_ablations * forward <= budget
-        assert unit.flops == forward * (unit.n_ablations + len(unit.items))
+        assert unit.n_ablations == 1 or measured <= budget
+        assert unit.flops == measured + len(unit.items) * full_forward_flops(small, n_tokens)
     assert units(one, one.experiments[0], small, prompts, rule) == cut
 
 
@@ -189,8 +202,8 @@ def test_units_follow_length_then_prompt_then_ablation() -> None:
     one = job({"layers": "all"})
     cut = units(one, one.experiments[0], model(), [prompt("b", 5), prompt("long", 7), prompt("a", 5)], CutRule(40))
     assert [[(id, len(part)) for id, part in unit.items] for unit in cut] == [
-        [("b", 30), ("a", 10)],
-        [("a", 20)],
+        [("b", 30)],  # "a" would not fit behind it, and is not split
+        [("a", 30)],
         [("long", 30)],
     ]
     assert [a.layers[0] for _, a in cells(cut)] == [*range(30)] * 3
@@ -313,20 +326,56 @@ def test_the_reference_cell() -> None:
 
 def test_flops_of_a_full_forward() -> None:
     body, embedding = 134_515_008 - 49_152 * 576, 49_152 * 576
-    assert full_forward_flops(model(), 5) == 2 * body * 5 + 4 * 25 * 576 * 30 + 2 * embedding
+    exact = 2 * body * 5 + 4 * 25 * 576 * 30 + 2 * embedding
+    assert full_forward_flops(model(), 5) == pytest.approx(exact, rel=1e-6)
     assert full_forward_flops(model(parameters=None, hidden_size=None, vocab_size=None, n_layers=None), 5) == 0
 
 
-RATES = Rates(flops=1e11, load_bytes=1e9, start_seconds=3, process_bytes=500_000_000, batch_rows=64)
+def test_flops_of_a_cone() -> None:
+    cost = Cost.of(model(), 100)
+    everything = cost.cone(Ablation((0,), None, ((0, 0),)))
+    assert everything == cost.full
+    head = 2 * 49_152 * 576
+    assert cost.cone(Ablation((15, 20), (3,), ((99, 0),))) - head == (everything - head) // 2 // 100
+    assert cost.cone(Ablation((0,), None, ((50, 3), (99, 0)))) - head == (everything - head) // 2
+
+
+RATES = Rates(
+    flops=1e11,
+    load_bytes=1e9,
+    start_seconds=3,
+    step_seconds=1e-3,
+    process_bytes=500_000_000,
+    device="cpu",
+    free_bytes=8 * 2**30,
+)
 
 
 def test_estimate() -> None:
     one = job({"layers": "all"})
-    cut = units(one, one.experiments[0], model(), [prompt()])
-    found = estimate(model(), "float32", cut, 5, RATES)
+    texts = {"a": prompt()}
+    cut = units(one, one.experiments[0], model(), list(texts.values()))
+    found = estimate(one, model(), cut, texts, RATES)
     weights = 134_515_008 * 4
-    assert found.seconds == pytest.approx(3 + weights / 1e9 + 31 * full_forward_flops(model(), 5) / 1e11)
-    assert found.peak_bytes > 500_000_000 + weights
-    half = estimate(model(), "bfloat16", cut, 5, RATES)
-    assert found.peak_bytes - half.peak_bytes > weights // 2
-    assert estimate(model(), "float32", cut, 500, RATES).peak_bytes > found.peak_bytes
+    assert found.forwards == 2  # the clean run, and one sweep of 30 ablations
+    work = cut[0].flops / (EFFICIENCY * 1e11)
+    assert found.seconds == pytest.approx(3 + weights / 1e9 + 2 * 30 * 1e-3 + work)
+    assert 500_000_000 + weights < found.peak_bytes < 2**31
+    half = estimate(job({"layers": "all"}, dtype="bfloat16"), model(), cut, texts, RATES)
+    assert found.peak_bytes - half.peak_bytes >= weights // 2
+
+    slow = job({"layers": "all"}, engine="full")
+    by_full = estimate(slow, model(), units(slow, slow.experiments[0], model(), [texts["a"]]), texts, RATES)
+    assert by_full.seconds > found.seconds
+
+
+def test_verified_ablations_are_drawn_by_seed_from_what_is_measured() -> None:
+    one = job({"layers": "all", "heads": {"each": "all"}}, verify=5)
+    texts = [prompt("a"), prompt("b", start=3)]
+    measured = {(p.prompt.id, a) for p in texts for a in ablations(one.experiments[0], p, 30, 9)}
+    found = [(p.prompt.id, a) for p, a in drawn(one, model(), texts)]
+    assert len(found) == 5 and set(found) <= measured
+    assert found == [(p.prompt.id, a) for p, a in drawn(one, model(), texts)]
+    again = job({"layers": "all", "heads": {"each": "all"}}, verify=5, seed=1)
+    assert found != [(p.prompt.id, a) for p, a in drawn(again, model(), texts)]
+    assert drawn(job({"layers": "all"}, verify=0), model(), texts) == []

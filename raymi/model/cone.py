@@ -27,10 +27,7 @@ from raymi.model.attention import Prefix
 from raymi.model.full import Batch
 from raymi.model.hooked import Cell, HookedModel, NotFinite
 from raymi.model.sites import hidden_input
-
-UNEMBEDDED = 1 << 24
-"""Logits made at a time; metrics are computed on them before the next ones are."""
-
+from raymi.model.sizes import UNEMBEDDED
 
 class NotClean(RuntimeError):
     """The clean row of a batch did not come out as the clean run did: the cone is not exact on this model."""
@@ -69,6 +66,10 @@ class Cone:
         # A copy of the part that is needed lets the rest go.
         x_PTD = hidden_input(args, kwargs)
         self.inputs.append(x_PTD[:, self.first :].clone() if self.first else x_PTD)
+
+    def serves(self, ids_PT: Tensor, first_query: int) -> bool:
+        """Whether this clean run is of these prompts and keeps what a query from `first_query` on needs."""
+        return self.first <= first_query and torch.equal(self.ids_PT, ids_PT.to(self.ids_PT.device))
 
     def groups(self, cells: Sequence[Cell]) -> list[list[int]]:
         """What may share a sweep: cells of one first query position, ordered by first layer."""

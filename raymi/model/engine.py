@@ -19,6 +19,10 @@ Way = Literal["cone", "layers", "full"]
 """`cone` leaves out layers below and positions before, `layers` only the layers, `full` nothing."""
 
 
+ROWS_OF_ONE_PROMPT = 64
+"""From so many ablations a prompt on, a sweep of its own is faster than one with other prompts."""
+
+
 class OutOfMemory(RuntimeError):
     """Not even one ablation at a time fits."""
 
@@ -58,6 +62,8 @@ class Engine:
     way: Way
     limits: dict[tuple[Way, int, int], int] = field(default_factory=dict[tuple[Way, int, int], int])
     """(way, positions computed, positions attended to) -> rows at a time; halved when memory runs out."""
+    cone: Cone | None = None
+    """The last one: units of one prompt follow each other, and its clean run serves them all."""
 
     def ablations(self, ids_PT: Tensor, cells: Sequence[Cell]) -> Iterator[Batch]:
         """Measure ablations.
@@ -73,7 +79,7 @@ class Engine:
             OutOfMemory: when a single ablation does not fit.
             NotFinite, NotFired, NotClean: rather than a wrong number.
         """
-        if len(ids_PT) > 1 and self.way != "full" and not self.capability.together:
+        if self.way != "full" and len(ids_PT) > 1 and not self._together(len(ids_PT), len(cells)):
             yield from self._one_by_one(ids_PT, cells)
             return
         method = self._method(ids_PT, cells)
@@ -91,6 +97,10 @@ class Engine:
                         raise
                     self._halve(key, len(chosen), error)
 
+    def _together(self, n_prompts: int, n_cells: int) -> bool:
+        # Many rows of one prompt share the attention over its prefix; few make too small a batch.
+        return self.capability.together and n_cells < ROWS_OF_ONE_PROMPT * n_prompts
+
     def _one_by_one(self, ids_PT: Tensor, cells: Sequence[Cell]) -> Iterator[Batch]:
         for prompt in sorted({cell.prompt for cell in cells}):
             indices = [i for i, cell in enumerate(cells) if cell.prompt == prompt]
@@ -102,7 +112,10 @@ class Engine:
         if self.way == "full":
             return Full(self.model, ids_PT)
         first = min(cell.first_query for cell in cells)
-        return Cone(self.model, ids_PT, first, prefix=self.way == "cone", tolerance=self.capability.tolerance)
+        if self.cone is None or not self.cone.serves(ids_PT, first):
+            self.cone = None  # its memory goes first
+            self.cone = Cone(self.model, ids_PT, first, prefix=self.way == "cone", tolerance=self.capability.tolerance)
+        return self.cone
 
     # -- memory ------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from raymi.model.sizes import METRIC_SLICE
+
 
 class Effects(NamedTuple):
     """One entry an ablation, on the CPU. Probabilities and KL (nats) are float64, logits float32."""
@@ -33,12 +35,8 @@ class TokenEffects(NamedTuple):
     rank_ablated_A: Tensor
 
 
-SLICE = 1 << 22
-"""Logits handled at a time: few enough that the temporaries stay in the processor's caches or far below a GPU's memory."""
-
-
 def _slices(n_rows: int, vocabulary: int) -> list[slice]:
-    step = max(1, SLICE // vocabulary)
+    step = max(1, METRIC_SLICE // vocabulary)
     return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
 
 

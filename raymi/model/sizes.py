@@ -15,6 +15,12 @@ class Shape:
     """Bytes of one number of the dtype that is computed in."""
 
 
+UNEMBEDDED = 1 << 24
+"""Logits made at a time; metrics are computed on them before the next ones are."""
+
+METRIC_SLICE = 1 << 22
+"""Logits that metrics handle at a time: their temporaries stay far below the size of the batch."""
+
 POSITIONS_PER_BATCH = {"cpu": 4096, "mps": 8192, "cuda": 65536}
 """More positions at once make no matrix product faster, they only take memory."""
 

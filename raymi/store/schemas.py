@@ -71,17 +71,21 @@ VOCABULARY = pa.schema(
 
 VERIFICATIONS = pa.schema(
     [
-        ("unit_id", pa.string()),
         ("ablation_id", pa.string()),
         ("model_id", pa.string()),
         ("revision", pa.string()),
+        ("prompt_id", pa.string()),
+        ("engine", pa.string()),
         ("max_logit_diff", pa.float64()),
+        ("effect", pa.float64()),
         ("tolerance", pa.float64()),
         ("passed", pa.bool_()),
         ("measured_at", _TIME),
     ]
 )
-"""One row an ablation that was measured a second time by a plain full forward."""
+"""One row an ablation that a replica measured a second time, by a full forward of the family's own attention.
+
+`max_logit_diff` is between the two, `effect` between clean and ablated, both the largest over the vocabulary."""
 
 FAILURES = pa.schema(
     [

@@ -125,7 +125,6 @@ def unit_failed(unit: str, **more: Any) -> pa.Table:
 
 
 LATER = MOMENT + timedelta(minutes=1)
-VERIFIED = schemas.rows("verifications", [{"unit_id": "u", "model_id": MODEL, "passed": True}])
 
 
 @pytest.mark.parametrize(
@@ -134,7 +133,6 @@ VERIFIED = schemas.rows("verifications", [{"unit_id": "u", "model_id": MODEL, "p
         ([("failures", unit_failed("u"))], "failed", [("u", 1)]),
         ([("failures", unit_failed("u", message=m)) for m in ("one", "two")], "failed", [("u", 2)]),
         ([("failures", unit_failed("u")), ("ablations", cell("u", 0))], "failed", []),
-        ([("failures", unit_failed("u")), ("verifications", VERIFIED)], "failed", []),
         ([("failures", unit_failed("u")), ("ablations", cell("other", 0))], "failed", [("u", 1)]),
         ([("failures", failure())], "failed", [(None, 1)]),
         ([("failures", failure()), ("models", loaded(loaded_at=LATER))], "failed", []),
@@ -146,7 +144,6 @@ VERIFIED = schemas.rows("verifications", [{"unit_id": "u", "model_id": MODEL, "p
         "a unit",
         "a unit twice",
         "a unit that came through later",
-        "a verification that came through later",
         "another unit came through",
         "a load",
         "a load that came through later",

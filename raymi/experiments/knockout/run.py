@@ -47,7 +47,7 @@ def run(
     """
     ids_PT = torch.tensor([prompts[prompt_id].token_ids for prompt_id, _ in unit.items])
     work = [(p, ablation) for p, (_, ablations) in enumerate(unit.items) for ablation in ablations]
-    cells = [Cell(p, tuple(Mask(layer, a.heads, a.edges) for layer in a.layers)) for p, a in work]
+    cells = [Cell(p, masks(a)) for p, a in work]
     tables: list[pa.Table] = []
     for batch in engine.ablations(ids_PT, cells):
         rows = [(prompts[unit.items[p][0]], ablation) for p, ablation in (work[i] for i in batch.cells)]
@@ -67,6 +67,11 @@ def run(
         }
         tables.append(pa.table(columns, schema=SCHEMA))
     return pa.concat_tables(tables)
+
+
+def masks(ablation: Ablation) -> tuple[Mask, ...]:
+    """An ablation as interventions, one a layer."""
+    return tuple(Mask(layer, ablation.heads, ablation.edges) for layer in ablation.layers)
 
 
 def _asked(rows: Sequence[tuple[TokenizedPrompt, Ablation]], model_id: str, n_heads: int) -> Columns:

@@ -65,7 +65,8 @@ def effects(clean_PV: Tensor, ablated_AV: Tensor, prompt_A: Tensor, top_k: int) 
         top_k: how many changed tokens to report.
     """
     parts = [
-        _effects(clean_PV[prompt_A[rows]], ablated_AV[rows], top_k) for rows in _slices(len(ablated_AV), clean_PV.shape[1])
+        _effects(clean_PV[prompt_A[rows]], ablated_AV[rows], top_k)
+        for rows in _slices(len(ablated_AV), clean_PV.shape[1])
     ]
     return Effects(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
@@ -76,8 +77,13 @@ def _effects(clean_AV: Tensor, ablated_AV: Tensor, top_k: int) -> Effects:
     p_AV = (clean_AV - log_clean_A[:, None].float()).exp()
     d_AV = (ablated_AV - clean_AV) - (log_ablated_A - log_clean_A)[:, None].float()
     growth_AV = torch.expm1(d_AV)
-    kl_A = (p_AV * (growth_AV - d_AV)).sum(-1, dtype=_wide(p_AV))
+    divergence_AV = p_AV * (growth_AV - d_AV)
     change_AV = p_AV * growth_AV  # q - p, without cancellation
+    far_AV = d_AV > 80  # where expm1 overflows, p is nothing: only q is left of either
+    if bool(far_AV.any()):
+        q_AV = (ablated_AV - log_ablated_A[:, None].float()).exp()
+        divergence_AV, change_AV = torch.where(far_AV, q_AV, divergence_AV), torch.where(far_AV, q_AV, change_AV)
+    kl_A = divergence_AV.sum(-1, dtype=_wide(p_AV))
     total_variation_A = change_AV.abs_().sum(-1, dtype=_wide(p_AV)) / 2
     changed_AC = _largest(change_AV, min(top_k, change_AV.shape[1]))
     return Effects(

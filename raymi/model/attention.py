@@ -34,7 +34,7 @@ IGNORED = frozenset(
         "use_cache",
     }
 )
-"""Keyword arguments that change nothing here: windows and chunks are in the mask, and nothing is dropped when evaluating."""
+"""Keyword arguments that change nothing here: windows and chunks are in the mask, nothing is dropped in evaluation."""
 
 
 class UnsupportedAttention(RuntimeError):
@@ -98,20 +98,34 @@ class Tap:
     """Score lines left without any key, a row: those heads attend to nothing."""
     called: dict[int, nn.Module] = field(default_factory=dict[int, nn.Module])
     """Which module asked for which layer's attention: how a model's attention layers are found."""
-    closed: dict[int, bool] = field(default_factory=dict[int, bool])
-    """Whether a mask (by the address of its data) forbids anything, looked at once a forward."""
+    masks: dict[object, tuple[Tensor, bool]] = field(default_factory=dict[object, "tuple[Tensor, bool]"])
+    """Address and shape -> a mask, kept so that no other can take its place, and whether it forbids anything."""
 
     def begin(self, n_rows: int, device: torch.device) -> None:
         self.fired_B = torch.zeros(n_rows, dtype=torch.long, device=device)
         self.empty_B = torch.zeros(n_rows, dtype=torch.long, device=device)
         self.called.clear()
-        self.closed.clear()
+        self.masks.clear()
 
     def clear(self) -> None:
         self.cuts.clear()
         self.captures.clear()
-        self.closed.clear()
+        self.masks.clear()
         self.keep = self.prefix = self.fired_B = self.empty_B = None
+
+    def forbids(self, mask: Tensor) -> bool:
+        """Whether a bool mask has anything False: looked at once a forward, since a GPU is waited for."""
+        place = mask.data_ptr(), mask.shape, mask.stride()
+        if place not in self.masks:
+            self.masks[place] = mask, not bool(mask.all())
+        return self.masks[place][1]
+
+    def count(self, cut: Cut, dead_N: Tensor) -> None:
+        """Note that a cut was made, and which of its lines have no key left."""
+        assert self.fired_B is not None
+        self.fired_B += cut.per_row_B
+        assert self.empty_B is not None
+        self.empty_B.index_add_(0, cut.line_3N[0], dead_N.long())
 
     def capture(self, layer: int, name: str, value: Tensor, *, by_key_head: bool = False) -> None:
         """Keep a tensor that was asked for; [K, B, G, Q, S] is given back as TransformerLens's [B, H, Q, S]."""
@@ -167,8 +181,8 @@ def attention(
 
     # Query heads that share a key head are folded into its query axis: grouped keys are never copied.
     group = n_heads // n_key_heads
-    scaling = width**-0.5 if scaling is None else scaling
-    query_KBQD = (query * scaling).reshape(n_rows, n_key_heads, group * n_queries, width).transpose(0, 1)
+    factor = width**-0.5 if scaling is None else scaling
+    query_KBQD = (query * factor).reshape(n_rows, n_key_heads, group * n_queries, width).transpose(0, 1)
     prefix = _prefix(tap, layer, n_rows)
     scores_KBGQS = _scores(query_KBQD, key.transpose(0, 1), prefix).unflatten(2, (group, n_queries))
     if softcap is not None:
@@ -184,7 +198,7 @@ def attention(
 
 
 def _prefix(tap: Tap, layer: int, n_rows: int) -> tuple[Tensor, Tensor] | None:
-    """Keys and values before the suffix: [K, 1, length, D], shared by all rows, or [K, B, length, D], one's own each."""
+    """Keys and values before the suffix: [K, 1, length, D] shared by all rows, or [K, B, length, D]."""
     if tap.prefix is None:
         return None
     keys, values = (states[:, :, : tap.prefix.length] for states in tap.prefix.states[layer])
@@ -229,7 +243,7 @@ def _by_key_head(per_head: Tensor, n_key_heads: int) -> Tensor:
 
 
 def _forbid(scores_KBGQS: Tensor, mask: Tensor | None, causal: bool, tap: Tap) -> None:
-    """Write -inf wherever the model's own mask forbids a key: it must stay forbidden in a line that loses all others."""
+    """Write -inf where the model's own mask forbids a key: it must stay forbidden in a line that loses all others."""
     n_queries, n_keys = scores_KBGQS.shape[3:]
     if mask is None:
         if causal and n_queries > 1:
@@ -238,7 +252,7 @@ def _forbid(scores_KBGQS: Tensor, mask: Tensor | None, causal: bool, tap: Tap) -
         return
     mask = _by_key_head(mask, scores_KBGQS.shape[0])
     if mask.dtype == torch.bool:
-        if tap.closed.setdefault(mask.data_ptr(), not bool(mask.all())):
+        if tap.forbids(mask):
             scores_KBGQS.masked_fill_(~mask, -torch.inf)
     else:
         scores_KBGQS += mask
@@ -246,16 +260,14 @@ def _forbid(scores_KBGQS: Tensor, mask: Tensor | None, causal: bool, tap: Tap) -
 
 
 def _pattern(tap: Tap, layer: int, scores_KBGQS: Tensor, sinks_H: Tensor | None) -> Tensor:
-    """Softmax over the keys, in float32, of the scores with the tap's edges cut; a line without keys attends to nothing."""
+    """Softmax over the keys, in float32, with the tap's edges cut; a line without keys attends to nothing."""
     cut, group, dead_N = tap.cuts.get(layer), scores_KBGQS.shape[2], None
     if cut is not None:
         head_E, head_N = cut.head_E, cut.line_3N[1]
         scores_KBGQS[head_E // group, cut.row_E, head_E % group, cut.query_E, cut.key_E] = -torch.inf
         lines = (head_N // group, cut.line_3N[0], head_N % group, cut.line_3N[2])
         dead_N = scores_KBGQS[lines].isneginf().all(-1)
-        assert tap.fired_B is not None and tap.empty_B is not None
-        tap.fired_B += cut.per_row_B
-        tap.empty_B.index_add_(0, cut.line_3N[0], dead_N.long())
+        tap.count(cut, dead_N)
     tap.capture(layer, "attn_scores", scores_KBGQS, by_key_head=True)
     if sinks_H is not None:
         sink = sinks_H.view(scores_KBGQS.shape[0], 1, group, 1, 1).to(scores_KBGQS.dtype)

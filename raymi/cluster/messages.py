@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from raymi.cluster.worker import Done, Failed
 from raymi.plan import Unit
-from raymi.prompts import TokenizedPrompt
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -19,7 +18,8 @@ class Prepared:
     """The replica's tokenizer has read the prompts."""
 
     replica: int
-    prompts: Sequence[TokenizedPrompt]
+    prompts: "pa.Table"
+    """Rows of table `prompts`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,6 @@ from raymi.cluster.messages import (
 )
 from raymi.cluster.worker import Done, Failed
 from raymi.plan import Unit
-from raymi.prompts import TokenizedPrompt
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -155,7 +154,7 @@ class _Model:
         return work
 
 
-Plan = Callable[[str, Sequence[TokenizedPrompt]], Sequence[Unit] | Failed]
+Plan = Callable[[str, "pa.Table"], Sequence[Unit] | Failed]
 
 
 class Scheduler:
@@ -245,7 +244,7 @@ class Scheduler:
             case Lost():
                 self._on_lost(replica, event)
 
-    def _on_prepared(self, replica: _Replica, prompts: Sequence[TokenizedPrompt]) -> None:
+    def _on_prepared(self, replica: _Replica, prompts: "pa.Table") -> None:
         model = replica.model
         units = self._plan(model.key, prompts)
         if isinstance(units, Failed):

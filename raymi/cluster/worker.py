@@ -1,10 +1,34 @@
 """What one replica does, in whatever process it lives: tokenise, load one model, measure units. Never imports ray."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import contextlib
+import json
+import os
+import socket
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from raymi.catalog import CachedModel
+from raymi.cluster.tokenised import to_rows
+from raymi.errors import UserError
+from raymi.job import Job
+from raymi.plan import Unit, drawn
+from raymi.prompts import Prompt, TokenizedPrompt, tokenize
+from raymi.store import schemas
+from raymi.store.secret import scrub
+from raymi.tokenizer import load_tokenizer, token_texts
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from raymi.model.engine import Engine
+    from raymi.model.loading import Loaded
+
+_TRACEBACK = 4000
+"""Characters of a traceback's end that are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,3 +52,212 @@ class Failed:
     traceback: str = ""
     oom: bool = False
     """The device had too little memory for even one row."""
+
+
+class Mismatch(Exception):
+    """Ablations that were measured twice do not agree."""
+
+
+def failure(error: Exception, unit_id: str | None = None) -> Failed:
+    """An exception as plain text: where it goes, its class may not be known and its traceback cannot go."""
+    expected = isinstance(error, UserError)
+    trace = "" if expected else "".join(traceback.format_exception(error))
+    oom = not expected and _is_out_of_memory(error)
+    return Failed(unit_id, type(error).__name__, scrub(str(error)), scrub(trace)[-_TRACEBACK:], oom)
+
+
+@dataclass(slots=True)
+class Worker:
+    """One model. What goes wrong is an answer, never an exception.
+
+    Args:
+        model: the snapshot, with a path on this machine.
+        job: the job.
+        former: prompts that the run once had and the job has no longer; what of them cannot be read is left out.
+        threads: what torch may use on the CPU; None leaves it to torch.
+        trust_remote_code: run the Python code that the snapshot brings along.
+        allow_pickle: accept weights that are not safetensors.
+    """
+
+    model: CachedModel
+    job: Job
+    former: Sequence[Prompt] = ()
+    threads: int | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    _tokenizer: Any = None
+    _prompts: dict[str, TokenizedPrompt] = field(default_factory=dict[str, TokenizedPrompt])
+    _engine: "Engine | None" = None
+    _texts: dict[int, str] = field(default_factory=dict[int, str])
+    """Of the tokens that rows have named so far."""
+    _draining: bool = False
+
+    def prepare(self) -> "pa.Table | Failed":
+        """Reads the prompts with the model's tokenizer, without its weights; gives the rows of table `prompts`."""
+        try:
+            tokenizer = self._get_tokenizer()
+            prompts = self._tokenize(self.job.prompts)
+            for prompt in self.former:
+                with contextlib.suppress(UserError):
+                    prompts += self._tokenize([prompt])
+            rows = to_rows(self.model, prompts, tokenizer)
+        except Exception as error:
+            return failure(error)
+        self._prompts = {prompt.prompt.id: prompt for prompt in prompts}
+        return rows
+
+    def load(self) -> "dict[str, pa.Table] | Failed":
+        """Loads the weights, and the prompts if that was not done before, and verifies a few ablations.
+
+        Returns:
+            Rows of the tables `models` and `verifications`.
+        """
+        if not self._prompts and isinstance(failed := self.prepare(), Failed):
+            return failed
+        try:
+            loaded = self._load()
+            verified = self._verify(loaded.engine)
+        except Exception as error:
+            return failure(error)
+        return {
+            "models": schemas.rows("models", [_describe(self.model, self.job.dtype, loaded)]),
+            "verifications": schemas.rows("verifications", verified),
+        }
+
+    def run(self, units: Sequence[Unit]) -> Iterator[Done | Failed]:
+        """Measures units in order; ends early, between two of them, when `drain` was called."""
+        for unit in units:
+            if self._draining:
+                return
+            try:
+                item = self._measure(unit)
+            except Exception as error:
+                item = failure(error, unit.unit_id)
+            yield item
+
+    def drain(self) -> None:
+        """Begin no further unit. May be called from another thread."""
+        self._draining = True
+
+    def _tokenize(self, prompts: Sequence[Prompt]) -> list[TokenizedPrompt]:
+        return tokenize(
+            prompts,
+            self._get_tokenizer(),
+            bos=self.job.bos,
+            chat_template=self.job.chat_template,
+            pieces=self.job.pieces,
+            model_id=self.model.id,
+        )
+
+    def _load(self) -> "Loaded":
+        import torch
+
+        from raymi.model.loading import load
+
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        loaded = load(
+            self.model.path,
+            name=self.model.id,
+            dtype=self.job.dtype,
+            device=self.job.device,
+            trust_remote_code=self.trust_remote_code,
+            allow_pickle=self.allow_pickle,
+            longest=max(len(prompt.token_ids) for prompt in self._prompts.values()),
+            way="full" if self.job.engine == "full" else None,
+        )
+        self._engine = loaded.engine
+        return loaded
+
+    def _verify(self, engine: "Engine") -> list[dict[str, Any]]:
+        """Measures a few ablations twice before any row is made; raises Mismatch, or turns to full forwards."""
+        from raymi.experiments.knockout.verify import verify
+
+        records = verify(
+            engine,
+            drawn(self.job, self.model, list(self._prompts.values())),
+            model_id=self.model.id,
+            revision=self.model.revision,
+        )
+        failed = [record for record in records if not record["passed"]]
+        if failed and (self.job.on_mismatch == "fail" or engine.way == "full"):
+            worst = max(record["max_logit_diff"] for record in failed)
+            raise Mismatch(
+                f"{self.model.id}: {len(failed)} of {len(records)} verified ablations differ from full forwards, by up "
+                f"to {worst:.1e} in the logits where {failed[0]['tolerance']:.1e} would be noise"
+            )
+        if failed:
+            engine.way = "full"
+        return records
+
+    def _measure(self, unit: Unit) -> Done:
+        from raymi.experiments.knockout.run import run
+
+        assert self._engine is not None, "measures before it has loaded"
+        started = time.perf_counter()
+        rows = run(
+            self._engine,
+            unit,
+            self._prompts,
+            model_id=self.model.id,
+            revision=self.model.revision,
+            dtype=self.job.dtype,
+            top_k=self.job.top_k,
+        )
+        tables = {"ablations": rows, "vocabulary": self._vocabulary(rows)}
+        return Done(unit.unit_id, tables, time.perf_counter() - started)
+
+    def _vocabulary(self, rows: "pa.Table") -> "pa.Table":
+        """The text of the tokens that these rows name."""
+        named = set(rows["changed"].combine_chunks().flatten().field("token_id").to_pylist())
+        for column in ("answer_id", "wrong_id", "top1_clean", "top1_ablated"):
+            named.update(rows[column].to_pylist())
+        named.discard(None)
+        self._texts |= token_texts(self._get_tokenizer(), named - self._texts.keys())
+        about = {"model_id": self.model.id, "revision": self.model.revision}
+        return schemas.rows(
+            "vocabulary", ({**about, "token_id": token, "token": self._texts[token]} for token in sorted(named))
+        )
+
+    def _get_tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.model, trust_remote_code=self.trust_remote_code)
+        return self._tokenizer
+
+
+def _describe(model: CachedModel, dtype: str, loaded: "Loaded") -> Mapping[str, Any]:
+    """The row of table `models`."""
+    hooked = loaded.model
+    return {
+        "model_id": model.id,
+        "revision": model.revision,
+        "model_type": model.model_type,
+        "architecture": type(hooked.model).__name__,
+        "dtype": dtype,
+        "device": str(hooked.device),
+        "attention": "function" if hooked.dispatches else "mask",
+        "n_layers": hooked.n_layers,
+        "n_heads": hooked.n_heads,
+        "n_kv_heads": model.n_kv_heads,
+        "hidden_size": hooked.hidden_size,
+        "vocab_size": hooked.vocab_size,
+        "parameters": sum(p.numel() for p in hooked.model.parameters()),
+        "weight_bytes": hooked.weight_bytes,
+        "load_seconds": loaded.seconds,
+        "ram_before": loaded.before.ram,
+        "ram_after": loaded.after.ram,
+        "vram_before": loaded.before.vram,
+        "vram_after": loaded.after.vram,
+        "host": socket.gethostname(),
+        "replica": str(os.getpid()),
+        "loaded_at": datetime.now(UTC),
+        "capability": json.dumps(asdict(loaded.capability)),
+        "status": "loaded",
+    }
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    from raymi.model.engine import OutOfMemory
+    from raymi.model.memory import is_out_of_memory
+
+    return isinstance(error, OutOfMemory) or is_out_of_memory(error)

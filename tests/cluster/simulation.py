@@ -25,6 +25,7 @@ from raymi.cluster.scheduler import Scheduler
 from raymi.cluster.worker import Done, Failed
 from raymi.experiments.knockout.spec import Ablation
 from raymi.plan import Unit
+from raymi.store import schemas
 
 ABLATION = Ablation(layers=(0,), heads=None, edges=((1, 0),))
 
@@ -95,7 +96,7 @@ class SimulatedBackend:
         return "started"
 
     def prepare(self, replica: int) -> None:
-        self._later(self.behaviour.start_seconds / 2, Prepared(replica, ()))
+        self._later(self.behaviour.start_seconds / 2, Prepared(replica, schemas.rows("prompts", [])))
 
     def load(self, replica: int) -> None:
         fate = self.behaviour.loading(replica, self.alive[replica].model)

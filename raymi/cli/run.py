@@ -1,0 +1,143 @@
+"""`raymi run`: the sweep."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+import raymi.store
+from raymi.cli.options import store_option
+from raymi.cli.text import size, table, terminal_width
+
+if TYPE_CHECKING:
+    from raymi.cluster.sweep import Order, Result
+    from raymi.job import Job
+    from raymi.store.reader import Store
+
+
+@click.command()
+@click.argument("job_path", metavar="JOB.yaml", type=click.Path(path_type=Path))
+@store_option
+@click.option("--models", multiple=True, metavar="ID", help="Models or patterns, in place of the job's. Repeatable.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="The cache, in place of the one HF_HOME names.")
+@click.option("--address", metavar="ADDRESS", help="Ray cluster to join: auto or host:port. [default: starts its own]")
+@click.option("--device", help="auto, cpu, cuda or mps, in place of the job's.")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Replaces a field of the job. Repeatable.")
+@click.option("--new", is_flag=True, help="Start another run of the same job.")
+@click.option("--download", is_flag=True, help="Fetch models that the job names and the cache lacks.")
+@click.option("--dry-run", is_flag=True, help="Say what would be measured and what it would take.")
+@click.option("--inline", is_flag=True, help="Measure in this process, without Ray: for debugging.")
+@click.option("--trust-remote-code", multiple=True, metavar="MODEL", help="Let this model run code of its own.")
+@click.option("--allow-pickle", multiple=True, metavar="MODEL", help="Load this model's pickled weights.")
+def command(
+    job_path: Path,
+    store_uri: str,
+    models: tuple[str, ...],
+    cache_dir: Path | None,
+    address: str | None,
+    device: str | None,
+    sets: tuple[str, ...],
+    new: bool,
+    download: bool,
+    dry_run: bool,
+    inline: bool,
+    trust_remote_code: tuple[str, ...],
+    allow_pickle: tuple[str, ...],
+) -> int:
+    """Run a job: measure what it says on every model it names, and keep the rows in the store.
+
+    Issued again, the command goes on where it stopped: what is in the store is not measured again, what failed is tried
+    again, and models or prompts that were added to the job are measured.
+
+    The exit code is 0 when all is done, 1 when some models or units failed, 2 for bad input, 130 or 143 when
+    interrupted.
+    """
+    from raymi.cluster.frozen import Cache
+    from raymi.cluster.sweep import Order, sweep
+
+    replaced = [*sets, *([f"device={device}"] if device else [])]
+    job = _job(job_path, replaced, models)
+    store = raymi.store.open(store_uri)
+    cache = Cache(cache_dir, frozenset(trust_remote_code), frozenset(allow_pickle), download)
+    order = Order(job, job_path.read_text(), _run_name(store, job, new=new), cache, address, inline)
+    if dry_run:
+        return _rehearse(order, store)
+    result = sweep(order, store)
+    _show(order, store, store_uri, result)
+    return _exit_code(result)
+
+
+def _job(path: Path, sets: list[str], models: tuple[str, ...]) -> "Job":
+    from raymi.job import Models, load_job
+
+    job = load_job(path, sets)
+    return job.model_copy(update={"models": Models(include=models)}) if models else job
+
+
+def _run_name(store: "Store", job: "Job", *, new: bool) -> str:
+    """The newest run of the job, or with `new` the next one."""
+    taken = {manifest.run for manifest in store.runs()}
+    names = [job.run_name]
+    while names[-1] in taken:
+        names.append(f"{job.run_name}-{len(names) + 1}")
+    return names[-1] if new or len(names) == 1 else names[-2]
+
+
+def _rehearse(order: "Order", store: "Store") -> int:
+    """Prints what would be measured; 1 when some model cannot be."""
+    from raymi.cluster.progress import duration
+    from raymi.cluster.rehearsal import rehearse
+    from raymi.cluster.worker import Failed
+
+    rows: list[list[str]] = []
+    failures: list[str] = []
+    seconds = 0.0
+    for key, left, cost in rehearse(order, store):
+        if isinstance(left, Failed):
+            failures.append(f"{key}: {left.message}")
+            continue
+        counts = [f"{len(left):,}", f"{sum(unit.n_ablations for unit in left):,}"]
+        takes = [f"{cost.forwards:,}", duration(cost.seconds), size(cost.peak_bytes)] if cost else ["-", "-", "-"]
+        rows.append([key, *counts, *takes])
+        seconds += cost.seconds if cost else 0.0
+    header = ("model", "units", "ablations", "forwards", "time", "peak memory")
+    click.echo("\n".join(table(header, rows, right=range(1, 6), width=terminal_width())))
+    click.echo(f"\n{order.run}: about {duration(seconds)} on this machine, one model after the other")
+    for failed in failures:
+        click.echo(f"cannot run: {failed}", err=True)
+    return 1 if failures else 0
+
+
+def _exit_code(result: "Result") -> int:
+    if result.ending.interrupted:
+        return 128 + result.ending.interrupted
+    return 1 if result.failed else 0
+
+
+def _show(order: "Order", store: "Store", store_uri: str, result: "Result") -> None:
+    """What was found, what failed, and the line to type next."""
+    from raymi.cli.report import lines
+    from raymi.report import tables
+
+    for each in result.rejected:
+        if not each.named:
+            click.echo(f"skipped {each.model_id}: {each.reason}", err=True)
+    if result.ending.interrupted:
+        click.echo(f"\nInterrupted; what was measured is in {store_uri}. The same command goes on:", err=True)
+        click.echo(f"  {_command_line()}", err=True)
+        return
+    if result.started:
+        click.echo()
+        for line in lines(tables.report(store, order.run), terminal_width()):
+            click.echo(line)
+    else:
+        click.echo(f"{order.run}: nothing to do, every unit is in {store_uri}")
+    where = "" if store_uri == raymi.store.DEFAULT else f" --store {store_uri}"
+    click.echo(f"\nnext: raymi report {order.run}{where}")
+
+
+def _command_line() -> str:
+    from shlex import join
+
+    return join(["raymi", *sys.argv[1:]])

@@ -1,0 +1,139 @@
+"""How far a run is: one line per model on a terminal, plain lines from time to time elsewhere (logs, `ray job`)."""
+
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
+
+from raymi.cluster.messages import Phase, Status
+
+PLAIN_SECONDS = 10.0
+
+
+class Display(Protocol):
+    """Shows a run to a person."""
+
+    def say(self, line: str) -> None:
+        """Something happened."""
+        ...
+
+    def update(self, statuses: Mapping[str, Status]) -> None:
+        """Where every model stands now; called often."""
+        ...
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None: ...
+
+
+def display(before: Mapping[str, int]) -> Display:
+    """The display for this terminal, or for none.
+
+    Args:
+        before: ablations of each model that were measured by earlier commands.
+    """
+    console = Console(stderr=True)
+    return Bars(console, before) if console.is_terminal else Lines(before)
+
+
+class Lines:
+    """A line whenever a model comes into another phase, and one per running model every ten seconds."""
+
+    def __init__(self, before: Mapping[str, int]) -> None:
+        self._before = before
+        self._phases: dict[str, Phase] = {}
+        self._next = 0.0
+
+    def say(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+    def update(self, statuses: Mapping[str, Status]) -> None:
+        due = time.monotonic() >= self._next
+        for key, status in statuses.items():
+            changed = self._phases.get(key, "waiting") != status.phase
+            if changed or (due and status.phase == "running"):
+                self.say(f"{key}: {_words(status, self._before.get(key, 0))}")
+            self._phases[key] = status.phase
+        if due:
+            self._next = time.monotonic() + PLAIN_SECONDS
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        pass
+
+
+class Bars:
+    """A bar per model."""
+
+    def __init__(self, console: Console, before: Mapping[str, int]) -> None:
+        self._before = before
+        self._tasks: dict[str, TaskID] = {}
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=30),
+            _Words(),
+            console=console,
+            refresh_per_second=4,
+        )
+
+    def say(self, line: str) -> None:
+        self._progress.console.print(line, markup=False, highlight=False)
+
+    def update(self, statuses: Mapping[str, Status]) -> None:
+        for key, status in statuses.items():
+            if key not in self._tasks:
+                self._tasks[key] = self._progress.add_task(key, total=None)
+            before = self._before.get(key, 0)
+            total = None if status.units is None else before + status.ablations
+            self._progress.update(
+                self._tasks[key],
+                total=total or (None if status.phase not in ("done", "failed") else 1),
+                completed=before + status.ablations_done,
+                words=_words(status, before),
+            )
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._progress.stop()
+
+
+class _Words(ProgressColumn):
+    """What a plain line would say."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("words", ""))
+
+
+def _words(status: Status, before: int) -> str:
+    parts: list[str] = [status.phase]
+    if status.units is not None:
+        done, total = before + status.ablations_done, before + status.ablations
+        parts = [f"{done:,} of {total:,} ablations", *([] if status.phase == "running" else parts)]
+    if status.failed:
+        parts.append(f"{status.failed:,} units failed")
+    if status.phase == "running" and status.seconds_left is not None:
+        parts.append(f"{duration(status.seconds_left)} left")
+    if status.replicas > 1:
+        parts.append(f"{status.replicas} replicas")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"

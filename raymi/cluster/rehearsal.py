@@ -1,0 +1,69 @@
+"""What a command would do, and what that would take, without loading a model or touching the store."""
+
+import time
+from collections.abc import Iterator
+
+import psutil
+
+from raymi.cluster.agenda import Agenda, stored_prompts
+from raymi.cluster.frozen import choose, freeze_prompts
+from raymi.cluster.sweep import Order, cut_rule, keys
+from raymi.cluster.tokenised import from_rows
+from raymi.cluster.worker import Failed, Worker
+from raymi.plan import Estimate, Rates, Unit, estimate
+from raymi.store import ownership
+from raymi.store.manifest import Driver, Issue, Manifest
+from raymi.store.reader import Store
+
+LOAD_BYTES = 1.5e9
+"""Bytes of float32 weights a second, converted from what is on disk, measured on two cores."""
+START_SECONDS = 7.0
+"""Of a replica's process: Python, torch, transformers, and the checks after the load."""
+STEP_SECONDS = 3e-4
+PROCESS_BYTES = 500 * 2**20
+
+
+def rehearse(order: Order, store: Store) -> Iterator[tuple[str, list[Unit] | Failed, Estimate | None]]:
+    """Per model what is left to measure, or why it cannot be, and an estimate for one replica on this machine.
+
+    Raises:
+        UserError: as `sweep` does before it starts.
+    """
+    earlier = ownership.read(store.objects, order.run)
+    manifest = earlier or Manifest(run=order.run, epoch=0, driver=Driver(heartbeat=1))
+    manifest.follow(Issue(written=order.written, resolved=order.job.model_dump(mode="json")), cut_rule(order))
+    choice = choose(order.job, order.cache, manifest.commits)
+    former = freeze_prompts(order.job, manifest)
+    done = set(store.scan("ablations", order.run).select("unit_id").unique().collect()["unit_id"]) if earlier else set()
+    stored = stored_prompts(store, order.run) if earlier else {}
+    agenda = Agenda(manifest, done, stored, order.job, former, keys(choice))
+    rates = measure()
+    for key, model in agenda.models.items():
+        rows = Worker(model, order.job, former, trust_remote_code=model.id in order.cache.remote_code).prepare()
+        left = rows if isinstance(rows, Failed) else agenda.plan(key, rows)
+        if isinstance(rows, Failed) or isinstance(left, Failed):
+            yield key, left, None
+            continue
+        prompts = {prompt.prompt.id: prompt for prompt in from_rows(rows.to_pylist())}
+        yield key, left, estimate(order.job, model, left, prompts, rates) if left else None
+
+
+def measure() -> Rates:
+    """What this machine does: the rate of matrix products is measured, in half a second."""
+    import torch
+
+    matrix = torch.rand(1024, 1024)
+    torch.mm(matrix, matrix)  # the first one wakes the threads
+    started, n = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - started) < 0.5:
+        torch.mm(matrix, matrix)
+        n += 1
+    return Rates(
+        flops=n * 2 * 1024**3 / seconds,
+        load_bytes=LOAD_BYTES,
+        start_seconds=START_SECONDS,
+        step_seconds=STEP_SECONDS,
+        process_bytes=PROCESS_BYTES,
+        device="cpu",
+        free_bytes=psutil.virtual_memory().available,
+    )

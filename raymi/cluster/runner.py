@@ -1,0 +1,178 @@
+"""The driver's loop: what the scheduler says goes to the store and to the display, and signals end it in good order."""
+
+import signal
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Self
+
+from raymi.cluster.agenda import Agenda
+from raymi.cluster.messages import Backend, Note, Outcome, Rows, Trouble
+from raymi.cluster.progress import Display
+from raymi.cluster.scheduler import Scheduler
+from raymi.cluster.worker import Failed
+from raymi.plan import Unit
+from raymi.store import schemas
+from raymi.store.writer import Run
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+POLL_SECONDS = 0.5
+GRACE = {signal.SIGINT: 10.0, signal.SIGTERM: 1.5}
+"""Seconds that units in hand are waited for after a first signal. `ray job stop` kills 3 s after its SIGTERM."""
+
+
+class Interrupts:
+    """Turns a first SIGINT or SIGTERM into a flag; a second exits. To be entered after Ray has set its own handlers."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._note) for number in GRACE}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            raise SystemExit(128 + number)
+        self.received = signal.Signals(number)
+
+
+@dataclass(slots=True)
+class Ending:
+    """What became of a command."""
+
+    failures: list[Trouble] = field(default_factory=list[Trouble])
+    """Models and units that failed for good, each with its reason."""
+    interrupted: signal.Signals | None = None
+    ablations: int = 0
+    """Measured and stored."""
+
+
+def drive(
+    run: Run,
+    agenda: Agenda,
+    backend: Backend,
+    display: Display,
+    interrupts: Interrupts,
+    clock: Callable[[], float] = time.monotonic,
+) -> Ending:
+    """Measures what is left of a run, until it is done, has failed, or is interrupted.
+
+    Raises:
+        RunLost: another driver has the run.
+        UserError: the store cannot be written.
+        SystemExit: a second signal. What was delivered up to the first is in the store.
+    """
+    record = _Record(run, agenda, display)
+    scheduler = Scheduler(backend, clock, record.plan, agenda.guesses, agenda.units)
+    record.take(Trouble(key, "plan", why, final=True) for key, why in agenda.refused.items())
+    deadline: float | None = None
+    try:
+        outcomes: Sequence[Outcome] = scheduler.step([])
+        while not scheduler.finished and (deadline is None or clock() < deadline):
+            record.take(outcomes)
+            run.maybe_flush()
+            display.update(scheduler.status())
+            if interrupts.received and deadline is None:
+                deadline = clock() + GRACE[interrupts.received]
+                display.say("stopping after the units in hand; once more stops at once")
+                run.flush()
+                scheduler.stop()
+            outcomes = scheduler.step(backend.poll(POLL_SECONDS))
+        record.take(outcomes)
+        display.update(scheduler.status())
+    finally:
+        scheduler.close()
+    record.ending.interrupted = interrupts.received
+    return record.ending
+
+
+class _Record:
+    """Writes what happens into the store's tables, and shows what a person wants to know."""
+
+    def __init__(self, run: Run, agenda: Agenda, display: Display) -> None:
+        self.ending = Ending()
+        self._run, self._agenda, self._display = run, agenda, display
+        self._texts: dict[str, set[int]] = {}
+        """Token ids, by model, whose text is in the store or on its way there."""
+
+    def plan(self, key: str, prompts: "pa.Table") -> Sequence[Unit] | Failed:
+        """Keeps what a tokenizer has said, and gives what is left to measure."""
+        self._run.add("prompts", self._agenda.slug(key), prompts)
+        return self._agenda.plan(key, prompts)
+
+    def take(self, outcomes: Iterable[Outcome]) -> None:
+        for outcome in outcomes:
+            match outcome:
+                case Rows():
+                    self._rows(outcome)
+                case Trouble():
+                    self._trouble(outcome)
+                case Note():
+                    self._note(outcome)
+
+    def _rows(self, rows: Rows) -> None:
+        for table, data in rows.tables.items():
+            kept = self._new_texts(rows.model, data) if table == "vocabulary" else data
+            if kept.num_rows:
+                self._run.add(table, self._agenda.slug(rows.model), kept)
+        if rows.unit:
+            self.ending.ablations += rows.unit.n_ablations
+
+    def _new_texts(self, key: str, data: "pa.Table") -> "pa.Table":
+        """What the store need not be asked about: most units name tokens that others have named."""
+        known = self._texts.setdefault(key, set())
+        ids: list[int] = data["token_id"].to_pylist()
+        mask = [token not in known for token in ids]
+        known.update(ids)
+        return data.filter(mask)
+
+    def _trouble(self, trouble: Trouble) -> None:
+        failure, model = trouble.failure, self._agenda.models[trouble.model]
+        record = {
+            "model_id": model.id,
+            "revision": model.revision,
+            "unit_id": failure.unit_id,
+            "stage": trouble.stage,
+            "kind": failure.kind,
+            "message": failure.message,
+            "traceback": failure.traceback or None,
+            "attempt": trouble.attempt,
+            "failed_at": datetime.now(UTC),
+        }
+        self._run.add("failures", self._agenda.slug(trouble.model), schemas.rows("failures", [record]))
+        if trouble.final:
+            self.ending.failures.append(trouble)
+        what = f"unit {failure.unit_id}" if failure.unit_id else trouble.stage
+        again = "" if trouble.final else "; it is tried again"
+        self._display.say(f"{trouble.model}: {what}: {failure.kind}: {_first_line(failure.message)}{again}")
+
+    def _note(self, note: Note) -> None:
+        event = {
+            "model_id": self._agenda.models[note.model].id,
+            "kind": note.what,
+            "message": " ".join(filter(None, [_replica(note), note.detail])),
+            "happened_at": datetime.now(UTC),
+        }
+        self._run.add("events", self._agenda.slug(note.model), schemas.rows("events", [event]))
+        if note.what == "lost":
+            self._display.say(f"{note.model}: replica lost: {note.detail}")
+        elif note.what == "done":
+            self._run.flush()
+
+
+def _replica(note: Note) -> str:
+    return "" if note.replica is None else f"replica {note.replica}"
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]

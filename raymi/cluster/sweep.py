@@ -1,0 +1,178 @@
+"""One command on one run, from the job to the last row."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from typing import TYPE_CHECKING
+
+from raymi.catalog import CachedModel
+from raymi.cluster.agenda import Agenda, stored_prompts
+from raymi.cluster.frozen import Cache, Choice, choose, freeze_prompts
+from raymi.cluster.inline import InlineBackend
+from raymi.cluster.messages import Backend
+from raymi.cluster.progress import display
+from raymi.cluster.runner import Ending, Interrupts, drive
+from raymi.cluster.worker import Worker
+from raymi.job import Job
+from raymi.plan import CutRule, Rejected
+from raymi.prompts import Prompt
+from raymi.store import ownership, schemas
+from raymi.store.layout import slug
+from raymi.store.reader import Store
+from raymi.store.writer import Run
+
+if TYPE_CHECKING:
+    from raymi.cluster.inventory import Node
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a command asks for.
+
+    Args:
+        job: the job.
+        written: text of its file.
+        run: name of the run.
+        cache: where the models are, and what is allowed with them.
+        address: of a Ray cluster to join; None: one of our own.
+        inline: measure in this process, without Ray.
+    """
+
+    job: Job
+    written: str
+    run: str
+    cache: Cache = field(default_factory=Cache)
+    address: str | None = None
+    inline: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of it."""
+
+    ending: Ending
+    rejected: list[Rejected]
+    """Models that the job does not run on."""
+    started: bool
+    """Whether there was anything to do."""
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.ending.failures) or any(each.named for each in self.rejected)
+
+
+def sweep(order: Order, store: Store) -> Result:
+    """Does what is left of a run.
+
+    Raises:
+        UserError: bad input, a run that another process drives, a store that cannot be written.
+        SystemExit: a second signal.
+    """
+    with ExitStack() as stack:
+        earlier = ownership.read(store.objects, order.run)
+        commits = earlier.commits if earlier else {}
+        nodes: list[Node] | None = None
+        if order.address and not order.inline:
+            nodes = _join(stack, order.address)
+            choice = _choose_everywhere(nodes, order, commits)
+        else:
+            choice = choose(order.job, order.cache, commits)
+        models = keys(choice)
+        run = stack.enter_context(
+            store.take(
+                order.run,
+                written=order.written,
+                resolved=order.job.model_dump(mode="json"),
+                cut_rule=cut_rule(order),
+            )
+        )
+        former = freeze_prompts(order.job, run.manifest)
+        run.manifest.freeze_commits(choice.commits)
+        run.save()
+        _note_rejected(run, choice)
+        agenda = Agenda(run.manifest, run.done_units(), stored_prompts(store, run.name), order.job, former, models)
+        if agenda.finished:
+            return _close(run, Result(Ending(), choice.rejected, started=False))
+        backend = _backend(stack, order, agenda, choice, nodes)
+        # Ray installs handlers of its own when it starts: ours come after.
+        with Interrupts() as interrupts, display(agenda.before) as shown:
+            ending = drive(run, agenda, backend, shown, interrupts)
+            return _close(run, Result(ending, choice.rejected, started=True))
+
+
+def keys(choice: Choice) -> dict[str, CachedModel]:
+    """What each model is called in this command: its id, with the commit where an id has several."""
+    ids = [model.id for model in choice.models]
+    return {m.id if ids.count(m.id) == 1 else f"{m.id}@{m.revision[:12]}": m for m in choice.models}
+
+
+def cut_rule(order: Order) -> dict[str, int]:
+    """How the units of a new run are cut."""
+    return dataclasses.asdict(CutRule(unit_ablations=order.job.unit_ablations))
+
+
+def _note_rejected(run: Run, choice: Choice) -> None:
+    for each in choice.rejected:
+        if each.named:
+            record = {"model_id": each.model_id, "stage": "select", "kind": "Rejected", "message": each.reason}
+            rows = schemas.rows("failures", [{**record, "attempt": 1, "failed_at": datetime.now(UTC)}])
+            run.add("failures", slug(each.model_id), rows)
+
+
+def _close(run: Run, result: Result) -> Result:
+    if result.ending.interrupted:
+        run.close("interrupted")
+    else:
+        run.close("failed" if result.failed else "done")
+    return result
+
+
+def _backend(stack: ExitStack, order: Order, agenda: Agenda, choice: Choice, nodes: "list[Node] | None") -> Backend:
+    make = partial(_worker, order.job, agenda.former, order.cache)
+    if order.inline or not agenda.needs_replicas:
+        return InlineBackend(lambda key: make(agenda.models[key], None))
+    if nodes is None:
+        nodes = _start(stack, choice)
+    from raymi.cluster.ray_backend import RayBackend
+
+    return RayBackend(nodes, order.job, agenda.models, lambda model: partial(make, model))
+
+
+def _worker(job: Job, former: Sequence[Prompt], cache: Cache, model: CachedModel, threads: int | None) -> Worker:
+    return Worker(
+        model,
+        job,
+        former=former,
+        threads=threads,
+        trust_remote_code=model.id in cache.remote_code,
+        allow_pickle=model.id in cache.pickle,
+    )
+
+
+def _start(stack: ExitStack, choice: Choice) -> "list[Node]":
+    from raymi.cluster.session import session
+
+    stack.enter_context(session())
+    from raymi.cluster import inventory
+
+    nodes = inventory.survey()
+    inventory.choose_here(nodes, choice)
+    return nodes
+
+
+def _join(stack: ExitStack, address: str) -> "list[Node]":
+    from raymi.cluster.session import session
+
+    stack.enter_context(session(address))
+    from raymi.cluster import inventory
+
+    return inventory.survey()
+
+
+def _choose_everywhere(nodes: "list[Node]", order: Order, commits: Mapping[str, str]) -> Choice:
+    from raymi.cluster import inventory
+
+    return inventory.choose_everywhere(nodes, order.job, order.cache, dict(commits))

@@ -29,6 +29,7 @@ from raymi.model.hooked import Cell, HookedModel, NotFinite
 from raymi.model.sites import hidden_input
 from raymi.model.sizes import UNEMBEDDED
 
+
 class NotClean(RuntimeError):
     """The clean row of a batch did not come out as the clean run did: the cone is not exact on this model."""
 
@@ -123,7 +124,7 @@ class Cone:
         return off
 
     def _sweep(self, rows: Sequence[Cell], start: int) -> tuple[Tensor, Any, Tensor, Tensor]:
-        """Last hidden states behind the last layer, [B, D], row 0 clean; what the backbone returned; firings; empties."""
+        """Last hidden states behind the last layer, [B, D], row 0 clean; what the backbone returned; firings; empty."""
         model = self.model
         prompt_B = torch.tensor([rows[0].prompt, *(cell.prompt for cell in rows)], device=model.device)
         prefix = Prefix(start, self.states, None if len(self.ids_PT) == 1 else prompt_B) if self.prefix else None
@@ -183,13 +184,13 @@ class _Seen(Cache):
         # A sliding layer of a real cache holds a window of the past; here every layer sees all of it.
         return [False] * len(self.layers)
 
-    def get_seq_length(self, *_: object) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
 
-    def get_query_offset(self, *_: object) -> int:
+    def get_query_offset(self, layer_idx: int = 0) -> int:
         return self.length
 
-    def get_mask_sizes(self, query_length: int | Tensor, *_: object) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
         return self.length + (query_length if isinstance(query_length, int) else len(query_length)), 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:

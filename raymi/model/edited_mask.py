@@ -7,6 +7,7 @@ opinion on those that do: with it, a family's own eager function computes the ab
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,9 @@ from raymi.model.sites import hidden_input
 
 
 @contextmanager
-def edited_masks(tap: Tap, attention: Mapping[int, nn.Module], z: Mapping[int, nn.Module], n_heads: int) -> Iterator[None]:
+def edited_masks(
+    tap: Tap, attention: Mapping[int, nn.Module], z: Mapping[int, nn.Module], n_heads: int
+) -> Iterator[None]:
     """While inside, every layer of `tap.cuts` loses its edges in whatever forward runs.
 
     Args:
@@ -41,12 +44,11 @@ class _Edit:
         self.tap, self.cut, self.n_heads = tap, cut, n_heads
         self.dead_3N: Tensor | None = None
 
-    def mask(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+    def mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
         given = bound.arguments.get("attention_mask")
         if not isinstance(given, Tensor) or given.dim() != 4:
             raise UnsupportedAttention(f"{type(module).__name__} is given no attention mask that could be edited")
-        assert self.tap.fired_B is not None and self.tap.empty_B is not None
         cut = self.cut
         n_rows = len(hidden_input(args, kwargs))
         mask_BHQS = given.expand(n_rows, self.n_heads, -1, -1).clone()
@@ -61,8 +63,7 @@ class _Edit:
             open_NS = mask_BHQS[cut.line_3N.unbind()] > lowest / 2
         dead_N = ~open_NS.any(-1)
         self.dead_3N = cut.line_3N[:, dead_N]
-        self.tap.fired_B += cut.per_row_B
-        self.tap.empty_B.index_add_(0, cut.line_3N[0], dead_N.long())
+        self.tap.count(cut, dead_N)
         bound.arguments["attention_mask"] = mask_BHQS
         return bound.args, bound.kwargs
 

@@ -23,7 +23,7 @@ class Batch(NamedTuple):
     fired_A: Tensor
     empty_A: Tensor
     clean_error: float
-    """Largest difference between the logits of the batch's clean row and of the clean run; 0 where there is one only."""
+    """Largest logit difference of the batch's clean row from the clean run; 0 where they are the same."""
 
 
 class Full:

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ class HookedModel:
         self.n_layers: int = text.num_hidden_layers
         self.n_heads: int = text.num_attention_heads
         self.hidden_size: int = text.hidden_size
-        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        self.vocab_size: int = cast(Any, model.get_output_embeddings()).weight.shape[0]
         self.device: torch.device = next(model.parameters()).device
         self.dtype: torch.dtype = model.dtype
         self.weight_bytes: int = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -162,7 +162,7 @@ class HookedModel:
             ids_BT: token ids, one row an ablation (or a prompt).
             interventions: for each row, what is done to it.
             capture: names of the sites to keep.
-            own_attention: let the family's eager attention compute it, with an edited mask, instead of raymi's function.
+            own_attention: let the family's eager attention compute it, with an edited mask, not raymi's function.
 
         Raises:
             UnknownSite: for a name that is no hook point.
@@ -192,16 +192,16 @@ class HookedModel:
     @contextmanager
     def _attention(self, implementation: str | None) -> Iterator[None]:
         """While inside, a dispatching family computes its attention by another implementation."""
-        switch = self.dispatches and implementation is not None
-        if switch:
-            self.model.set_attn_implementation(implementation)
-            self.dispatches = False
+        if implementation is None or not self.dispatches:
+            yield
+            return
+        self.model.set_attn_implementation(implementation)
+        self.dispatches = False
         try:
             yield
         finally:
-            if switch:
-                self.model.set_attn_implementation(NAME)
-                self.dispatches = True
+            self.model.set_attn_implementation(NAME)
+            self.dispatches = True
 
     # -- arming ------------------------------------------------------------------------------------------------------
 
@@ -285,7 +285,8 @@ class HookedModel:
 
     def _tally(self, expected_B: Tensor) -> tuple[Tensor, Tensor]:
         fired_B, empty_B = self.tap.fired_B, self.tap.empty_B
-        assert fired_B is not None and empty_B is not None
+        assert fired_B is not None
+        assert empty_B is not None
         if not torch.equal(fired_B.cpu(), expected_B):
             row = int((fired_B.cpu() != expected_B).nonzero()[0])
             raise NotFired(

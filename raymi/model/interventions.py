@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 EDITABLE = ("hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z")
-"""Sites, after `blocks.{layer}.`, whose activation can be changed. To change `hook_resid_mid`, change what is added there."""
+"""Sites, after `blocks.{layer}.`, that can be changed. In place of `hook_resid_mid`, change what is added there."""
 
 
 @dataclass(frozen=True, slots=True)

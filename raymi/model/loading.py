@@ -3,8 +3,10 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -83,7 +85,8 @@ def load(
     torch.backends.cudnn.allow_tf32 = False
     where = pick_device(device)
     before, started = memory.snapshot(where), time.perf_counter()
-    raw = _read(path, name or path.name, DTYPES[dtype], trust_remote_code, allow_pickle).to(where)
+    raw = _read(path, name or path.name, DTYPES[dtype], trust_remote_code, allow_pickle)
+    cast(nn.Module, raw).to(where)
     model = HookedModel(raw, name or path.name)
     seconds, started = time.perf_counter() - started, time.perf_counter()
     capability = measure_capability(model, check_length(raw.config.get_text_config(), longest))
@@ -103,7 +106,7 @@ def _read(path: Path, name: str, dtype: torch.dtype, trust_remote_code: bool, al
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             attn_implementation="eager",
@@ -116,6 +119,7 @@ def _read(path: Path, name: str, dtype: torch.dtype, trust_remote_code: bool, al
         if memory.is_out_of_memory(error):
             raise
         raise BadWeights(f"{name}: its weights cannot be read: {error}") from error
+    model, info = found
     missing, misshaped = sorted(info["missing_keys"]), sorted(str(key) for key in info["mismatched_keys"])
     if missing or misshaped:
         raise BadWeights(f"{name}: missing tensors {missing[:5]}, misshaped tensors {misshaped[:5]} of {path}")

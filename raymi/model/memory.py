@@ -66,7 +66,7 @@ def _status(field: str) -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a GPU or in RAM (torch's CPU allocator raises a RuntimeError)."""
+    """Whether an exception says that memory ran out; for RAM, torch raises a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )

@@ -10,6 +10,7 @@ Legend: B rows, T positions, D hidden size, H heads, W head width.
 import difflib
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -189,11 +190,10 @@ def blocks(
 
     def watch(module: nn.Module, calls: list[_Call]) -> None:
         def hook(called: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
-            try:
+            # What is called without hidden states, such as a rotary embedding, is no place of the residual stream.
+            with suppress(NoSuchPlace):
                 # Copies: some families go on to add to an output in place.
                 calls.append(_Call(called, hidden_input(args, kwargs).clone(), first_tensor(output).clone()))
-            except NoSuchPlace:
-                pass  # a rotary embedding or a router: not a place of the residual stream
 
         handles.append(module.register_forward_hook(hook, with_kwargs=True))
 

@@ -15,6 +15,7 @@ from ray.exceptions import (
     NodeDiedError,
     OutOfMemoryError,
     RayError,
+    RayTaskError,
 )
 
 from raymi.catalog import CachedModel
@@ -149,13 +150,12 @@ class RayBackend:
             yield self._loss(alive, error)
 
     def _loss(self, alive: _Alive, error: RayError) -> Lost:
-        message = scrub(str(error)).strip()
         kind: Literal["process", "memory", "node"] = "process"
         if isinstance(error, OutOfMemoryError):
             kind = "memory"
         elif isinstance(error, NodeDiedError | ActorUnschedulableError) or self._is_gone(alive.node):
             kind = "node"
-        return Lost(alive.id, kind, _gist(message))
+        return Lost(alive.id, kind, _gist(error))
 
     def _is_gone(self, node: Node) -> bool:
         """Whether the node has left the cluster; then nothing more is placed on it."""
@@ -196,7 +196,7 @@ def _stream(alive: _Alive, stream: Any) -> Iterator[Event]:
             return
 
 
-def _gist(message: str) -> str:
-    """The first and most telling lines of one of Ray's long messages."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return " ".join(lines[:3])[:500]
+def _gist(error: RayError) -> str:
+    """The telling lines of one of Ray's long messages: the last of a traceback, else the first."""
+    lines = [line.strip() for line in scrub(str(error)).splitlines() if line.strip()]
+    return " ".join(lines[-1:] if isinstance(error, RayTaskError) else lines[:3])[:500]

@@ -83,7 +83,7 @@ class HookedModel:
         self.model, self.name = model.eval(), name
         text = model.config.get_text_config()
         self.n_layers: int = text.num_hidden_layers
-        self.n_heads: int = text.num_attention_heads
+        self.n_heads: int = _heads(text, name)
         self.hidden_size: int = text.hidden_size
         self.vocab_size: int = cast(Any, model.get_output_embeddings()).weight.shape[0]
         self.device: torch.device = next(model.parameters()).device
@@ -93,6 +93,7 @@ class HookedModel:
         self.shape = Shape(self.n_heads, self.hidden_size, inner, self.vocab_size, self.dtype.itemsize)
         self.tap = Tap()
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._last = torch.tensor([-1], device=self.device)
         for module in model.modules():
             if hasattr(module, "layer_idx"):
                 attach(module, self.tap)
@@ -144,7 +145,8 @@ class HookedModel:
     @torch.no_grad()
     def run(self, ids_BT: Tensor, n_rows: int | None = None, **given: object) -> Tensor:
         """The model's own forward under whatever is armed: logits of the last position, [B, V] float32."""
-        keep = {"logits_to_keep": 1} if self._keeps_logits else {}
+        # An index, for Gemma 4 takes a number as leave to drop all other positions from its upper layers.
+        keep = {"logits_to_keep": self._last} if self._keeps_logits else {}
         self.tap.begin(n_rows or len(ids_BT), self.device)
         return self.model(ids_BT, **{"use_cache": False, **given}, **keep).logits[:, -1].float()
 
@@ -247,7 +249,7 @@ class HookedModel:
         expected = [0] * len(interventions)
         for row, of_row in enumerate(interventions):
             for one in of_row:
-                self._refuse_missing(one)
+                self._refuse_missing(one, start + n_positions)
                 if isinstance(one, Mask):
                     heads = range(self.n_heads) if one.heads is None else one.heads
                     its = {(row, head, query - start, key) for head in heads for query, key in one.edges}
@@ -262,13 +264,18 @@ class HookedModel:
                 expected[row] += edits[at].append(row, one)
         return {layer: sorted(its) for layer, its in cuts.items()}, edits, torch.tensor(expected)
 
-    def _refuse_missing(self, one: Intervention) -> None:
+    def _refuse_missing(self, one: Intervention, n_tokens: int) -> None:
         if not 0 <= one.layer < self.n_layers:
             raise NoSuchPlace(f"{self.name}: layer {one.layer} of a model with layers 0 to {self.n_layers - 1}")
         if isinstance(one, Edit) and one.site not in EDITABLE:
             raise NoSuchPlace(f"{self.name}: {one.site!r} cannot be changed; what can: {', '.join(EDITABLE)}")
         if isinstance(one, Mask) and self.blocks[one.layer].attention is None:
             raise NoSuchPlace(f"{self.name}: layer {one.layer} has no attention to cut; {self.attention_layers} have")
+        # Indices beyond either end would be an error of a tensor's, or count from the other end.
+        positions = [query for query, _ in one.edges] if isinstance(one, Mask) else one.positions
+        for what, indices, size in (("head", one.heads or (), self.n_heads), ("position", positions, n_tokens)):
+            if outside := [index for index in indices if not 0 <= index < size]:
+                raise NoSuchPlace(f"{self.name}: {what} {outside[0]}, where there are 0 to {size - 1}")
 
     def _hook(self, layer: int, site: str, edits: SiteEdits, stack: ExitStack) -> None:
         module, is_input = self._place(layer, site)
@@ -357,6 +364,17 @@ class HookedModel:
         where = f"layer {bad[0]} is the first to give it" if bad else "every layer is finite, the logits are not"
         n_rows = int((~logits_BV.isfinite().all(-1)).sum())
         return f"{self.name}: NaN or infinity in {n_rows} of {len(ids_BT)} rows; {where}"
+
+
+def _heads(config: object, name: str) -> int:
+    """Query heads of every layer: some configs have none, and some another number for each layer."""
+    try:
+        n_heads = getattr(config, "num_attention_heads", None)
+    except RuntimeError as error:
+        raise NoSuchPlace(f"{name} has a number of heads of its own in each layer") from error
+    if not isinstance(n_heads, int):
+        raise NoSuchPlace(f"{name} has no attention heads: its config gives num_attention_heads as {n_heads}")
+    return n_heads
 
 
 def _first_int(config: object, *names: str) -> int | None:

@@ -28,6 +28,16 @@ class Mask:
     edges: tuple[tuple[int, int], ...]
     """(query position, key position), key <= query."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what would cut nothing, or something else than it says."""
+        if not self.edges or self.heads == ():
+            raise ValueError(f"{self} cuts nothing: it names no {'edges' if self.heads != () else 'heads'}")
+        if self.layer < 0 or min(self.heads or (0,)) < 0:
+            raise ValueError(f"{self}: layers and heads count from 0")
+        for query, key in self.edges:
+            if not 0 <= key <= query:
+                raise ValueError(f"{self}: no causal model has an edge from query {query} to key {key}")
+
     @property
     def first_query(self) -> int:
         return min(query for query, _ in self.edges)

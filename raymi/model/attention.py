@@ -194,7 +194,8 @@ def attention(
     tap.capture(layer, "pattern", pattern_KBGQS, by_key_head=True)
     out_KBQD = _mix(pattern_KBGQS.flatten(2, 3), value.transpose(0, 1), prefix)
     out_BQHD = out_KBQD.unflatten(2, (group, n_queries)).permute(1, 3, 0, 2, 4)
-    return out_BQHD.reshape(n_rows, n_queries, n_heads, -1), None
+    # Contiguous, as the families' own functions give it: some go on to take a view of it.
+    return out_BQHD.reshape(n_rows, n_queries, n_heads, -1).contiguous(), None
 
 
 def _prefix(tap: Tap, layer: int, n_rows: int) -> tuple[Tensor, Tensor] | None:

@@ -15,7 +15,7 @@ Legend: B rows, P prompts, T positions, S positions of the suffix, D hidden size
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -54,11 +54,14 @@ class Cone:
         self.first = first_query if prefix else 0
         self.inputs: list[Tensor] = []
         """Layer -> its clean input, [P, T - first, D]."""
+        self.beside: list[int | None] = []
+        """Layer -> how many things it returns beside its hidden states; None where it returns no tuple."""
         self.states: dict[int, tuple[Tensor, Tensor]] = {}
         """Layer -> clean keys and values, [P, K, T, W]."""
         with ExitStack() as stack:
             for block in model.blocks:
                 stack.callback(block.module.register_forward_pre_hook(self._remember, with_kwargs=True).remove)
+                stack.callback(block.module.register_forward_hook(self._note).remove)
             if prefix:
                 model.tap.keep = self.states
             self.clean_PV = model.forward(self.ids_PT).logits_BV
@@ -71,6 +74,9 @@ class Cone:
     def serves(self, ids_PT: Tensor, first_query: int) -> bool:
         """Whether this clean run is of these prompts and keeps what a query from `first_query` on needs."""
         return self.first <= first_query and torch.equal(self.ids_PT, ids_PT.to(self.ids_PT.device))
+
+    def _note(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        self.beside.append(len(output) - 1 if isinstance(output, tuple) else None)
 
     def groups(self, cells: Sequence[Cell]) -> list[list[int]]:
         """What may share a sweep: cells of one first query position, ordered by first layer."""
@@ -140,8 +146,8 @@ class Cone:
 
         with ExitStack() as stack:
             lowest = rows[0].first_layer
-            for block in model.blocks[:lowest]:
-                stack.enter_context(_skipped(block.module))
+            for block, beside in zip(model.blocks[:lowest], self.beside, strict=False):
+                stack.enter_context(_standing_in(block.module, _passing_on(beside)))
             # Rows join before anything is changed at the same layer: hooks run in the order of their registration.
             for layer, (begin, end) in _steps(rows).items():
                 join = _Join(self.inputs[layer][:, start - self.first :], prompt_B[begin:end], begin == 0)
@@ -156,14 +162,11 @@ class Cone:
 
     def _unembed(self, hidden_AD: Tensor, returned: Any) -> Tensor:
         """Logits of hidden states, [A, V] float32, by whatever the model does behind its last layer."""
-        model, stand_in = self.model, cast(Any, self.model.backbone)
+        model = self.model
         given = copy.copy(returned)
         given.last_hidden_state = hidden_AD[:, None]
-        stand_in.forward = lambda *_, **__: given
-        try:
+        with _standing_in(model.backbone, lambda *_, **__: given):
             logits_AV = model.run(self.ids_PT[:1, -1:])
-        finally:
-            del stand_in.forward
         if not bool(logits_AV.isfinite().all()):
             raise NotFinite(f"{model.name}: NaN or infinity in the logits of an ablation")
         return logits_AV
@@ -221,12 +224,25 @@ def _steps(rows: Sequence[Cell]) -> dict[int, tuple[int, int]]:
     return steps
 
 
+def _passing_on(beside: int | None) -> Callable[..., Any]:
+    """What a layer that is left out does instead: it returns what it is given, in the form in which it would."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = hidden_input(args, kwargs)
+        return hidden if beside is None else (hidden, *[None] * beside)
+
+    return forward
+
+
 @contextmanager
-def _skipped(layer: nn.Module) -> Iterator[None]:
-    """A layer that, for a while, gives back what it is given."""
-    stand_in = cast(Any, layer)
-    stand_in.forward = lambda *args, **kwargs: hidden_input(args, kwargs)
+def _standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While inside, a module's forward is another one, also where accelerate's hooks have given it one of its own."""
+    names = module.__dict__
+    own = names.get("forward")
+    names["forward"] = forward
     try:
         yield
     finally:
-        del stand_in.forward
+        del names["forward"]
+        if own is not None:
+            names["forward"] = own

@@ -5,6 +5,8 @@ VENV ?= .venv
 # A package index for torch alone, such as https://download.pytorch.org/whl/cpu for a machine without a GPU.
 TORCH_INDEX ?=
 STORE ?= results/demo
+# Options of `python -m benchmarks.ablations`, such as --quick.
+BENCH ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -47,6 +49,11 @@ $(VENV)/.test: pyproject.toml constraints.txt $(VENV)/.made
 	@$(PIP) -e '.[test]' || $(UNREACHED)
 	@touch $@ $(VENV)/.demo
 
+$(VENV)/.bench: pyproject.toml constraints.txt $(VENV)/.made
+	@echo 'installing raymi and the peers that it is measured against into $(VENV) ...'
+	@$(PIP) -e '.[bench]' || $(UNREACHED)
+	@touch $@ $(VENV)/.demo
+
 models: $(VENV)/.demo
 	@$(BIN)/python demo/models.py
 
@@ -69,9 +76,9 @@ lint: $(VENV)/.test
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright -p pyproject.toml  # not one of a parent folder
 	$(BIN)/lint-imports --no-logo
 
-bench: $(VENV)/.test
+bench: $(VENV)/.bench
 	@$(BIN)/python demo/models.py
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.ablations $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

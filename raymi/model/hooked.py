@@ -94,7 +94,6 @@ class HookedModel:
         self.tap = Tap()
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._last = torch.tensor([-1], device=self.device)
-        self._last = torch.tensor([-1], device=self.device)
         for module in model.modules():
             if hasattr(module, "layer_idx"):
                 attach(module, self.tap)

@@ -97,6 +97,7 @@ class Cone:
 
         Raises:
             NotClean: when row 0 is not the clean prompt's.
+            NotFinite: when a logit is NaN or infinite.
         """
         rows = [cells[i] for i in indices]
         start = rows[0].first_query if self.prefix else 0
@@ -109,11 +110,13 @@ class Cone:
             taken = slice(1 + at, 1 + at + len(part))
             prompts = sorted({cell.prompt for cell in part})
             place = {prompt: row for row, prompt in enumerate(prompts)}
+            ablated_AV = self._unembed(hidden_BD[taken], returned)
+            self._refuse_not_finite(ablated_AV, part)
             yield Batch(
                 indices[at : at + len(part)],
                 # Of one prompt, the clean row of this very batch: experts may route near-ties by a batch's shape.
                 proof_V[None] if len(self.ids_PT) == 1 else self.clean_PV[prompts],
-                self._unembed(hidden_BD[taken], returned),
+                ablated_AV,
                 torch.tensor([place[cell.prompt] for cell in part], device=self.model.device),
                 fired_B[taken],
                 empty_B[taken],
@@ -166,10 +169,15 @@ class Cone:
         given = copy.copy(returned)
         given.last_hidden_state = hidden_AD[:, None]
         with _standing_in(model.backbone, lambda *_, **__: given):
-            logits_AV = model.run(self.ids_PT[:1, -1:])
-        if not bool(logits_AV.isfinite().all()):
-            raise NotFinite(f"{model.name}: NaN or infinity in the logits of an ablation")
-        return logits_AV
+            return model.run(self.ids_PT[:1, -1:])
+
+    def _refuse_not_finite(self, logits_AV: Tensor, cells: Sequence[Cell]) -> None:
+        bad = (~logits_AV.isfinite().all(-1)).nonzero()[:, 0].tolist()
+        if bad:
+            cell = cells[bad[0]]
+            # A full forward of the same says in which layer it begins.
+            self.model.forward(self.ids_PT[cell.prompt][None], [cell.interventions])
+            raise NotFinite(f"{self.model.name}: NaN or infinity in {len(bad)} rows, though not in a full forward")
 
 
 class _Seen(Cache):

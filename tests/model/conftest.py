@@ -1,6 +1,6 @@
 """Models of every test in this room: tiny random ones of each family, and the demo models, each built twice at most."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -11,15 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from raymi.model.hooked import HookedModel
 from raymi.model.loading import Loaded, load
 from tests import families
+from tests.model.measuring import one_thread
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small models lose more by waking a second thread than they gain, on a busy machine many times as much."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_thread"]
 
 
 @pytest.fixture(scope="session")

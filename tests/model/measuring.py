@@ -1,8 +1,9 @@
 """Ablations measured in raymi's ways, in the order in which they were asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -33,3 +34,12 @@ def by_engine(engine: Engine, ids_PT: Tensor, cells: Sequence[Cell]) -> Measured
     clean_AV, *others = (torch.stack([found[i][column] for i in range(len(cells))]) for column in range(4))
     first = [next(i for i, of in enumerate(cells) if of.prompt == p) for p in range(len(ids_PT))]
     return Measured(clean_AV[first], *others)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small models lose more by waking a second thread than they gain, on a busy machine many times as much."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -9,7 +9,7 @@ import torch
 from raymi.experiments.knockout.spec import SCHEMA, Ablation, ablation_id
 from raymi.model.engine import Engine
 from raymi.model.full import Batch
-from raymi.model.hooked import Cell
+from raymi.model.hooked import Cell, NotFinite
 from raymi.model.interventions import Mask
 from raymi.model.metrics import TokenEffects, effects, token_effects
 from raymi.plan import Unit
@@ -49,24 +49,29 @@ def run(
     work = [(p, ablation) for p, (_, ablations) in enumerate(unit.items) for ablation in ablations]
     cells = [Cell(p, masks(a)) for p, a in work]
     tables: list[pa.Table] = []
-    for batch in engine.ablations(ids_PT, cells):
-        rows = [(prompts[unit.items[p][0]], ablation) for p, ablation in (work[i] for i in batch.cells)]
-        columns = {
-            "unit_id": [unit.unit_id] * len(rows),
-            "experiment": [unit.experiment] * len(rows),
-            "model_id": [model_id] * len(rows),
-            "revision": [revision] * len(rows),
-            "dtype": [dtype] * len(rows),
-            **_asked(rows, model_id, engine.model.n_heads),
-            **_effects(batch, top_k),
-            **_tokens(batch, rows),
-            "fired": batch.fired_A.tolist(),
-            "empty_rows": batch.empty_A.tolist(),
-            "engine": [engine.way] * len(rows),
-            "clean_error": [batch.clean_error] * len(rows),
-        }
-        tables.append(pa.table(columns, schema=SCHEMA))
-    return pa.concat_tables(tables)
+    done: list[int] = []
+    try:
+        for batch in engine.ablations(ids_PT, cells):
+            rows = [(prompts[unit.items[p][0]], ablation) for p, ablation in (work[i] for i in batch.cells)]
+            columns = {
+                "unit_id": [unit.unit_id] * len(rows),
+                "experiment": [unit.experiment] * len(rows),
+                "model_id": [model_id] * len(rows),
+                "revision": [revision] * len(rows),
+                "dtype": [dtype] * len(rows),
+                **_asked(rows, model_id, engine.model.n_heads),
+                **_effects(batch, top_k),
+                **_tokens(batch, rows),
+                "fired": batch.fired_A.tolist(),
+                "empty_rows": batch.empty_A.tolist(),
+                "engine": [engine.way] * len(rows),
+                "clean_error": [batch.clean_error] * len(rows),
+            }
+            tables.append(pa.table(columns, schema=SCHEMA))
+            done += batch.cells
+    except NotFinite as error:
+        raise NotFinite(f"{error} (prompts {', '.join(prompt_id for prompt_id, _ in unit.items)})") from error
+    return pa.concat_tables(tables).take(sorted(range(len(done)), key=done.__getitem__))
 
 
 def masks(ablation: Ablation) -> tuple[Mask, ...]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="The cache, in place of the one HF_HOME names.")
 @click.option("--address", metavar="ADDRESS", help="Ray cluster to join: auto or host:port. [default: starts its own]")
 @click.option("--device", help="auto, cpu, cuda or mps, in place of the job's.")
+@click.option("--engine", type=click.Choice(["auto", "full"]), help="full: one full forward an ablation, nothing reused.")
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Replaces a field of the job. Repeatable.")
 @click.option("--new", is_flag=True, help="Start another run of the same job.")
 @click.option("--download", is_flag=True, help="Fetch models that the job names and the cache lacks.")
@@ -37,6 +38,7 @@ def command(
     cache_dir: Path | None,
     address: str | None,
     device: str | None,
+    engine: str | None,
     sets: tuple[str, ...],
     new: bool,
     download: bool,
@@ -56,7 +58,8 @@ def command(
     from raymi.cluster.frozen import Cache
     from raymi.cluster.sweep import Order, sweep
 
-    replaced = [*sets, *([f"device={device}"] if device else [])]
+    given = {"device": device, "engine": engine}
+    replaced = [*sets, *(f"{field}={value}" for field, value in given.items() if value)]
     job = _job(job_path, replaced, models)
     store = raymi.store.open(store_uri)
     cache = Cache(cache_dir, frozenset(trust_remote_code), frozenset(allow_pickle), download)

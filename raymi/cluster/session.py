@@ -85,6 +85,7 @@ def _environment(*, joins: bool) -> None:
     defaults = {
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run` Ray would upload the working directory
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # what Ray prints of lost workers, on stdout: raymi says it itself
         "POLARS_MAX_THREADS": "2",  # in the replicas, which inherit it: their cores are for torch
     }
     # A Ray of our own listens on every interface, so it needs a token. Left alone, Ray would write one into

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -257,6 +258,8 @@ def _describe(model: CachedModel, dtype: str, loaded: "Loaded") -> Mapping[str, 
 
 
 def _is_out_of_memory(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
     from raymi.model.engine import OutOfMemory
     from raymi.model.memory import is_out_of_memory
 

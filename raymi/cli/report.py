@@ -69,6 +69,8 @@ def lines(report: "Report", width: int) -> Iterator[str]:
     if not report.models.is_empty():
         yield "\nmodels, and how well they answer when nothing is ablated"
         yield from _baselines(report.models, width)
+        yield "\nhow they were measured; and how far what was measured twice differs, in logits"
+        yield from _proofs(report.models, width)
     if not report.failures.is_empty():
         yield "\nfailed:"
         yield from _failures(report.failures, width)
@@ -155,6 +157,21 @@ def _baselines(models: "pl.DataFrame", width: int) -> list[str]:
         for model in models.unique("model_id", maintain_order=True).iter_rows(named=True)
     ]
     return table(header, rows, right=range(4, 8), width=width)
+
+
+def _proofs(models: "pl.DataFrame", width: int) -> list[str]:
+    header = ("model", "engine", "verified", "agreed", "largest difference")
+    rows = [
+        [
+            model["model_id"],
+            model["engine"] or "-",
+            str(model["verified"] or "-"),
+            "-" if model["agreed"] is None else str(model["agreed"]),
+            "-" if model["verified_error"] is None else f"{model['verified_error']:.1e}",
+        ]
+        for model in models.unique("model_id", maintain_order=True).iter_rows(named=True)
+    ]
+    return table(header, rows, right=range(2, 5), width=width)
 
 
 def _failures(failures: "pl.DataFrame", width: int) -> Iterator[str]:

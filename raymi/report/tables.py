@@ -78,8 +78,10 @@ def per_model(store: Store, run: Manifest, failures: pl.DataFrame) -> pl.DataFra
     Returns:
         model_id, experiment, revision, dtype, device, ablations, mean_kl and max_kl (nats), mean_logit_diff (clean -
         ablated), the cell of the largest mean KL over prompts and edges (strongest_layers, strongest_heads,
-        strongest_kl), prompts, answer_prob (mean over prompts of the clean P(answer)), answer_top1 (share of the
-        prompts where the answer comes first), load_seconds, failures.
+        strongest_kl); and of the model, over all its experiments: prompts, answer_prob (mean over prompts of the clean
+        P(answer)), answer_top1 (share of the prompts where the answer comes first), engine (how it was measured: cone,
+        layers, full), verified (ablations that were measured twice), agreed (of those), verified_error (largest
+        difference, in logits), load_seconds, failures.
     """
     by = ["model_id", "experiment"]
 
@@ -99,13 +101,27 @@ def per_model(store: Store, run: Manifest, failures: pl.DataFrame) -> pl.DataFra
             pl.col("heads").first().alias("strongest_heads"),
             pl.col("kl").first().alias("strongest_kl"),
         )
-        clean = rows.group_by(*by, "prompt_id").agg(pl.col("answer_prob_clean", "answer_rank_clean").first())
-        baseline = clean.group_by(by).agg(
+        clean = rows.group_by("model_id", "prompt_id").agg(
+            pl.col("answer_prob_clean", "answer_rank_clean").first(), pl.col("engine").unique()
+        )
+        baseline = clean.group_by("model_id").agg(
             pl.len().cast(pl.Int64).alias("prompts"),
             pl.col("answer_prob_clean").mean().alias("answer_prob"),
             (pl.col("answer_rank_clean") == 0).mean().alias("answer_top1"),
+            pl.col("engine").explode().unique().sort().str.join(", "),
         )
-        return effects.join(strongest, on=by, how="left").join(baseline, on=by, how="left")
+        return effects.join(strongest, on=by, how="left").join(baseline, on="model_id", how="left")
+
+    def verified() -> pl.LazyFrame:
+        return (
+            store.scan("verifications", run.run)
+            .group_by("model_id")
+            .agg(
+                pl.len().cast(pl.Int64).alias("verified"),
+                pl.col("passed").sum().cast(pl.Int64).alias("agreed"),
+                pl.col("max_logit_diff").max().alias("verified_error"),
+            )
+        )
 
     def loads() -> pl.LazyFrame:
         ready = store.scan("models", run.run).filter(pl.col("load_seconds").is_not_null())
@@ -115,9 +131,11 @@ def per_model(store: Store, run: Manifest, failures: pl.DataFrame) -> pl.DataFra
     known = [*run.commits, *found["model_id"], *failures["model_id"].drop_nulls()]
     failed = failures.group_by("model_id").agg(pl.len().cast(pl.Int64).alias("failures"))
     everyone = pl.DataFrame({"model_id": list(dict.fromkeys(known))}, schema={"model_id": pl.String()})
-    everyone = everyone.join(_collect(loads), on="model_id", how="left").join(failed, on="model_id", how="left")
+    for each in (_collect(loads), _collect(verified), failed):
+        everyone = everyone.join(each, on="model_id", how="left")
     table = everyone.join(found, on="model_id", how="left").with_columns(pl.col("ablations", "failures").fill_null(0))
-    order = ["model_id", "experiment", "revision", "dtype", "device", *found.columns[4:], "load_seconds", "failures"]
+    of_replicas = ["verified", "agreed", "verified_error", "load_seconds", "failures"]
+    order = ["model_id", "experiment", "revision", "dtype", "device", *found.columns[4:], *of_replicas]
     return table.select(order).sort("model_id", "experiment")
 
 

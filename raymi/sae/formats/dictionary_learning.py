@@ -1,0 +1,92 @@
+"""dictionary_learning: `ae.pt`, a pickle of which only tensors are read, and `config.json`, which names the class."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from raymi.errors import UserError
+from raymi.sae.description import Activation, Description, Stored
+from raymi.sae.formats.base import Format, has, named, need_k, straight
+from raymi.sae.source import Config, Source
+
+
+@dataclass(frozen=True, slots=True)
+class _Class:
+    """What one class of the library computes."""
+
+    architecture: str
+    activation: Activation
+    tensors: Mapping[str, Stored]
+    centred: bool = True
+    """Whether it subtracts the decoder's bias from its input."""
+    ignored: tuple[str, ...] = ()
+    unit_decoder: bool = False
+
+
+_LINEAR = {"W_enc": Stored("encoder.weight", "transposed"), "W_dec": Stored("decoder.weight", "transposed")}
+_OWN = straight("W_enc", "W_dec", "b_enc", "b_dec")
+_BIASED = {**_LINEAR, **named(b_enc="encoder.bias", b_dec="b_dec")}
+_SCALAR = {"threshold": Stored("threshold", "scalar")}
+_CLASSES = {
+    # The library's own loader brings this one's decoder to unit norm.
+    "AutoEncoder": _Class(
+        "standard", "relu", {**_LINEAR, **named(b_enc="encoder.bias", b_dec="bias")}, unit_decoder=True
+    ),
+    "AutoEncoderNew": _Class(
+        "standard", "relu", {**_LINEAR, **named(b_enc="encoder.bias", b_dec="decoder.bias")}, centred=False
+    ),
+    "GatedAutoEncoder": _Class(
+        "gated",
+        "gated",
+        {**_LINEAR, **named(b_gate="gate_bias", b_mag="mag_bias", r_mag="r_mag", b_dec="decoder_bias")},
+    ),
+    "JumpReluAutoEncoder": _Class("jumprelu", "jumprelu", {**_OWN, **straight("threshold")}, centred=False),
+    # It stores a threshold as well, but encodes by each token's k largest.
+    "AutoEncoderTopK": _Class("topk", "topk", _BIASED, ignored=("k", "threshold")),
+    "BatchTopKSAE": _Class("batchtopk", "jumprelu", {**_BIASED, **_SCALAR}, ignored=("k",)),
+    "MatryoshkaBatchTopKSAE": _Class("matryoshka", "jumprelu", {**_OWN, **_SCALAR}, ignored=("k", "group_sizes")),
+}
+_SITES = {"resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out", "attention_out": "hook_attn_out"}
+
+
+def _describe(source: Source, file: Path) -> Description:
+    config = Config.read(source.folder / "config.json")
+    trainer = config.part("trainer")
+    kind = _CLASSES.get(trainer.text("dict_class") or "")
+    if kind is None:
+        raise trainer.refuse("dict_class", ", ".join(_CLASSES))
+    d_in, d_sae = trainer.integer("activation_dim"), trainer.integer("dict_size")
+    if d_in is None or d_sae is None:
+        raise UserError(f"{config.file}: trainer.activation_dim and trainer.dict_size are needed")
+    return Description(
+        format="dictionary_learning",
+        file=file,
+        architecture=kind.architecture,
+        activation=kind.activation,
+        d_in=d_in,
+        d_sae=d_sae,
+        d_out=d_in,
+        dtype="float32",
+        tensors=kind.tensors,
+        ignored=kind.ignored,
+        k=need_k(config, trainer.integer("k")) if kind.activation == "topk" else None,
+        model_id=trainer.text("lm_name"),
+        site=_site(trainer),
+        apply_b_dec_to_input=kind.centred,
+        unit_decoder=kind.unit_decoder,
+        context_size=config.part("buffer").integer("ctx_len"),
+        source=str(source),
+        revision=source.revision,
+    )
+
+
+def _site(trainer: Config) -> str | None:
+    match = re.search(r"(resid_post|mlp_out|attention_out)_layer_(\d+)", trainer.text("submodule_name") or "")
+    if match:
+        return f"blocks.{match[2]}.{_SITES[match[1]]}"
+    layer = trainer.integer("layer")
+    return None if layer is None or trainer.text("submodule_name") else f"blocks.{layer}.hook_resid_post"
+
+
+FORMAT = Format("dictionary_learning", has("ae.pt", "config.json"), _describe)

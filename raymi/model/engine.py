@@ -161,7 +161,7 @@ def measure_capability(model: HookedModel, n_tokens: int) -> Capability:
         n_tokens: prompt length to try on: longer than every window and chunk that a prompt of the job can exceed.
 
     Raises:
-        WrongNumbers: raymi's attention differs from the family's own, so that no way is right.
+        WrongNumbers: raymi's attention differs from the family's own, or rows change each other: no way is right.
     """
     ids_PT = model.probe_ids(n_tokens, 2)
     cells = _trial(model, n_tokens)
@@ -171,7 +171,10 @@ def measure_capability(model: HookedModel, n_tokens: int) -> Capability:
         ids_PT[[cell.prompt for cell in cells]], [cell.interventions for cell in cells], own_attention=True
     ).logits_BV
     largest = float(own_AV.abs().max())
-    tolerance = max(20 * noise, largest * (2e-5 if model.dtype in (torch.float32, torch.float64) else 4e-2))
+    fine = model.dtype in (torch.float32, torch.float64)
+    if not noise <= largest * (1e-3 if fine else 0.3):
+        raise WrongNumbers(f"{model.name}: the rows of a batch change each other's logits, by {noise:.2e}")
+    tolerance = max(20 * noise, largest * (2e-5 if fine else 4e-2))
     disagreement = float((full - own_AV).abs().max())
     if not disagreement <= tolerance:
         raise WrongNumbers(

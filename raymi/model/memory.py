@@ -65,8 +65,11 @@ def _status(field: str) -> int | None:
     return None
 
 
+_OUT_OF_MEMORY = ("can't allocate memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out; for RAM, torch raises a plain RuntimeError."""
+    """Whether an exception says that memory ran out, on a GPU or in RAM: not all of torch has a class for it."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
     )

@@ -1,5 +1,6 @@
 """From a snapshot on disk to a model that can be hooked."""
 
+import pickle
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,9 +95,13 @@ def load(
     return Loaded(engine, seconds, time.perf_counter() - started, before, memory.snapshot(where))
 
 
+_REACHES = ("sliding_window", "attention_chunk_size", "attention_window_size", "local_attention", "window_size")
+"""What configs call how far back a layer can look."""
+
+
 def check_length(config: object, longest: int) -> int:
     """Tokens of the prompt that a model is checked on: past every window and chunk that the job's prompts get past."""
-    named = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size"))
+    named = (getattr(config, name, None) for name in _REACHES)
     within_reach = [value + 3 for value in named if isinstance(value, int) and value < longest]
     return max(SHORTEST_CHECK, *within_reach, 0)
 
@@ -113,9 +118,12 @@ def _read(path: Path, name: str, dtype: torch.dtype, trust_remote_code: bool, al
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             use_safetensors=None if allow_pickle else True,
+            ignore_mismatched_sizes=True,  # they are refused below, where they can be named
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
+    except pickle.UnpicklingError as error:
+        raise BadWeights(f"{name}: its weights cannot be read: a pickle of them holds more than tensors") from error
+    except Exception as error:  # safetensors, configs and snapshots' own code raise whatever they like
         if memory.is_out_of_memory(error):
             raise
         raise BadWeights(f"{name}: its weights cannot be read: {error}") from error

@@ -25,10 +25,10 @@ from raymi.job import Job, make_job
 from raymi.model.engine import Engine, measure_capability
 from raymi.model.full import Batch
 from raymi.model.hooked import Cell, HookedModel
-from raymi.model.interventions import Intervention, Mask
+from raymi.model.interventions import Intervention
 from raymi.model.loading import DTYPES, Loaded, check_length
 from raymi.model.loading import load as load_weights
-from raymi.model.metrics import effects
+from raymi.model.metrics import Comparison
 from raymi.plan import units
 from raymi.prompts import Bos, Prompt, TokenizedPrompt, tokenize
 from raymi.tokenizer import load_tokenizer, token_texts
@@ -128,7 +128,7 @@ class Ablated:
 
     def changed(self, k: int = 10) -> pl.DataFrame:
         """The k most changed tokens, |change| descending: token_id, token, prob_clean, prob_ablated."""
-        found = effects(self.clean.logits[None], self.ablated.logits[None], torch.tensor([0]), k)
+        found = Comparison(self.clean.logits[None], self.ablated.logits[None], torch.tensor([0])).effects(k)
         ids: list[int] = found.changed_AC[0].tolist()
         texts = token_texts(self.clean.tokenizer, ids)
         return pl.DataFrame(
@@ -248,22 +248,20 @@ class Model:
             chat_template: see `tokenize`.
 
         Raises:
-            UserError: see `tokenize`; a mask has a layer, head or edge that is not there, or cuts nothing.
+            UserError: see `tokenize`.
             UnknownSite, NotFinite: see `clean`.
+            NoSuchPlace: an intervention names a layer, head or position that is not there.
             NotFired: an intervention did not act.
         """
         read = self.tokenize(prompt, bos=bos, chat_template=chat_template)
         together = list(interventions) if isinstance(interventions, Sequence) else [interventions]
-        for intervention in together:
-            if isinstance(intervention, Mask):
-                self._check(intervention, len(read.token_ids))
         ids_BT = torch.tensor([read.token_ids] * 2)
         out = self.hooked.forward(ids_BT, [(), together], capture)
         clean, ablated = (
             Forward(read, out.logits_BV[row], {k: v[row : row + 1] for k, v in out.cache.items()}, self.tokenizer)
             for row in (0, 1)
         )
-        kl = effects(clean.logits[None], ablated.logits[None], torch.tensor([0]), 1).kl_A
+        kl = Comparison(clean.logits[None], ablated.logits[None], torch.tensor([0])).effects(1).kl_A
         return Ablated(clean, ablated, float(kl), int(out.fired_B[1]), int(out.empty_B[1]))
 
     def knockout(
@@ -344,18 +342,6 @@ class Model:
         if context is not None and len(prompt.token_ids) > context:
             raise UserError(f"{self.id}: {len(prompt.token_ids)} tokens are more than its context of {context}")
         return prompt
-
-    def _check(self, mask: Mask, n_tokens: int) -> None:
-        """UserError when a mask cuts nothing, or what is not there."""
-        edges_right = all(0 <= key <= query < n_tokens for query, key in mask.edges)
-        heads_right = mask.heads is None or all(0 <= head < self.hooked.n_heads for head in mask.heads)
-        if not 0 <= mask.layer < self.hooked.n_layers or not heads_right or not edges_right:
-            raise UserError(
-                f"{mask}: there are layers 0 to {self.hooked.n_layers - 1}, heads 0 to {self.hooked.n_heads - 1} and "
-                f"edges (query, key) with 0 <= key <= query <= {n_tokens - 1}"
-            )
-        if not mask.edges or mask.heads == ():
-            raise UserError(f"{mask} cuts nothing")
 
     def __repr__(self) -> str:
         hooked, loaded, checked = self.hooked, self.loaded, self.engine.capability

@@ -61,13 +61,13 @@ def llama_shapes(config: Mapping[str, Any] = LLAMA) -> dict[str, tuple[int, ...]
     return {"model.embed_tokens.weight": (config["vocab_size"], d), **layers, "model.norm.weight": (d,)}
 
 
-def safetensors(shapes: Shapes, *, dtype: str = "F32", seed: int = 0) -> bytes:
-    """A safetensors file of small random numbers; `dtype` is F32, F16, BF16, or anything of one byte (zeros)."""
+def safetensors(shapes: Shapes, *, dtype: str = "F32", seed: int = 0, scale: float = 0.1) -> bytes:
+    """A safetensors file of random numbers; `dtype` is F32, F16, BF16, or anything of one byte (zeros)."""
     rng = np.random.default_rng(seed)
     header: dict[str, Any] = {}
     data = b""
     for name, shape in shapes.items():
-        values = (rng.standard_normal(shape) * 0.1).astype(np.float32)
+        values = (rng.standard_normal(shape) * scale).astype(np.float32)
         match dtype:
             case "F32":
                 raw = values.tobytes()
@@ -120,6 +120,7 @@ def add_model(
     refs: Sequence[str] = ("main",),
     tensors: Shapes | None = None,
     dtype: str = "F32",
+    scale: float = 0.1,
     shards: int = 1,
     tokenizer: bool = True,
     files: Mapping[str, bytes | str | Mapping[str, Any]] | None = None,
@@ -131,6 +132,7 @@ def add_model(
         revision: the commit, 40 hex digits; by default made from the id.
         refs: the branches and tags that point to it.
         tensors: names and shapes of the weights; by default those of a Llama. Empty: no weight file at all.
+        scale: of the weights; from 0.5 on, attention matters to the logits.
         shards: with more than one, an index and that many files.
         tokenizer: whether there is one (32 words, split at blanks).
         files: more files, or others in place of those above.
@@ -140,13 +142,13 @@ def add_model(
     if tokenizer:
         out |= {"tokenizer.json": TOKENIZER, "tokenizer_config.json": TOKENIZER_CONFIG}
     if shards == 1 and shapes:
-        out["model.safetensors"] = safetensors(shapes, dtype=dtype)
+        out["model.safetensors"] = safetensors(shapes, dtype=dtype, scale=scale)
     elif shapes:
         names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
         place = {tensor: names[i % shards] for i, tensor in enumerate(shapes)}
         for i, name in enumerate(names):
             part = {tensor: shapes[tensor] for tensor in shapes if place[tensor] == name}
-            out[name] = safetensors(part, dtype=dtype, seed=i)
+            out[name] = safetensors(part, dtype=dtype, seed=i, scale=scale)
         out["model.safetensors.index.json"] = {"metadata": {}, "weight_map": place}
     return add_files(cache, id, out | dict(files or {}), revision=revision, refs=refs)
 

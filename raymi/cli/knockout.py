@@ -188,10 +188,10 @@ def _replacing(path: Path) -> Iterator[Path]:
     Raises:
         UserError: nothing can be written there.
     """
+    if path.is_dir():
+        raise UserError(f"--output: {path} is a folder", hint="Name a file in it.")
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        if path.is_dir():
-            raise UserError(f"--output: {path} is a folder", hint="Name a file in it.")
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished.touch()
         yield unfinished

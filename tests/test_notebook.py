@@ -1,0 +1,300 @@
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+
+import raymi
+from raymi import Mask, Model, Prompt, UserError
+from raymi.heatmap import heatmap
+from raymi.model.sites import NoSuchPlace, UnknownSite
+from tests.fakes import LLAMA, WORDS, add_model
+
+TEXT = "The capital of France is"
+LONG = "The capital of France is Paris and the capital of Peru is Lima and it was"
+MISTRAL = LLAMA | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 13}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    add_model(folder, "org/tiny", scale=0.6)
+    add_model(folder, "org/windowed", MISTRAL, scale=0.6)
+    add_model(folder, "org/mute", tokenizer=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(cache: Path) -> Model:
+    return raymi.load("org/tiny", cache_dir=cache)
+
+
+# -- the package -----------------------------------------------------------------------------------------------------
+
+
+def test_load_and_measure_without_ray_and_import_raymi_without_anything(cache: Path) -> None:
+    code = f"""
+import sys, raymi
+heavy = {{"ray", "torch", "transformers", "polars", "pyarrow", "pydantic"}}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+model = raymi.load("org/tiny", cache_dir={str(cache)!r})
+model.knockout({TEXT!r}, answer=" Paris", layers="all").heatmap("kl")
+assert "torch" in sys.modules and "ray" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_package_names_its_api() -> None:
+    assert set(raymi.__all__) <= set(dir(raymi))
+    assert all(getattr(raymi, name) is not None for name in raymi.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+        raymi.laod  # noqa: B018  # pyright: ignore
+
+
+# -- clean -----------------------------------------------------------------------------------------------------------
+
+
+def test_clean_run_is_the_model_s_own(tiny: Model) -> None:
+    from transformers import AutoModelForCausalLM
+
+    own = AutoModelForCausalLM.from_pretrained(tiny.cached.path, attn_implementation="eager")
+    ids = torch.tensor([[WORDS.index(word) for word in TEXT.split()]])
+    with torch.no_grad():
+        expected = own(ids, output_attentions=True, output_hidden_states=True)
+
+    run = tiny.clean(TEXT, capture=["blocks.1.attn.hook_pattern", "blocks.1.hook_resid_pre"])
+
+    assert run.tokens == tuple(TEXT.split())
+    torch.testing.assert_close(run.logits, expected.logits[0, -1], atol=1e-5, rtol=0)
+    assert list(run.cache) == ["blocks.1.attn.hook_pattern", "blocks.1.hook_resid_pre"]
+    torch.testing.assert_close(run.cache["blocks.1.attn.hook_pattern"], expected.attentions[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(run.cache["blocks.1.hook_resid_pre"], expected.hidden_states[1], atol=1e-5, rtol=0)
+
+    probs = expected.logits[0, -1].double().softmax(0)
+    top = run.top(3)
+    assert top["token_id"].to_list() == probs.argsort(descending=True)[:3].tolist()
+    assert top["token"].to_list() == [WORDS[i] for i in top["token_id"]]
+    assert top["prob"].to_list() == pytest.approx(sorted(probs.tolist(), reverse=True)[:3], abs=1e-6)
+    assert top["rank"].to_list() == [0, 1, 2]
+
+
+def test_what_is_shown_of_things(tiny: Model) -> None:
+    shown = repr(tiny)
+    assert "org/tiny" in shown
+    assert "2 layers, 4 heads, hidden size 16" in shown
+    assert "float32 on cpu" in shown
+    assert "'France'" in repr(tiny.clean(TEXT, capture=["blocks.0.hook_resid_pre"]))
+    assert "KL" in repr(tiny.ablate(TEXT, Mask(0, None, ((4, 0),))))
+    assert "logit_diff" in repr(tiny.knockout(TEXT))
+
+
+# -- ablations -------------------------------------------------------------------------------------------------------
+
+
+def test_knockouts_are_full_forwards_with_masks(tiny: Model) -> None:
+    prompt = Prompt("mine", LONG, answer=" Paris", wrong=" Lima")
+    axes: dict[str, Any] = {"layers": "all", "heads": {"each": "all"}, "queries": "all", "keys": "all"}
+    found = tiny.knockout(prompt, **axes, keep_logits=True)
+
+    n = len(LONG.split())
+    assert found.frame.height == 2 * 4 * n * (n + 1) // 2 > 2 * 512, "several units"
+    assert found.frame["ablation_id"].n_unique() == found.frame.height
+    assert found.frame.equals(found.frame.sort("query", "layer", "head", "key"))
+    assert found.logits is not None
+    for index in (0, 1, 511, 512, 700, 1023, 1024, found.frame.height - 1):
+        row = found.frame.row(index, named=True)
+        one = tiny.ablate(prompt, Mask(row["layer"], (row["head"],), ((row["query"], row["key"]),)))
+        torch.testing.assert_close(found.logits[index], one.ablated.logits, atol=1e-5, rtol=0)
+        assert row["kl"] == pytest.approx(one.kl, rel=1e-3, abs=1e-6)
+        paris, lima = (one.clean.logits - one.ablated.logits)[[WORDS.index("Paris"), WORDS.index("Lima")]].tolist()
+        assert row["logit_diff"] == pytest.approx(paris, abs=1e-5)
+        assert row["margin_diff"] == pytest.approx(paris - lima, abs=1e-5)
+        assert row["prompt_id"] == "mine"
+    assert found.frame["kl"].max() > 1e-3, "something changes"  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
+
+
+def test_frame_names_tokens(tiny: Model) -> None:
+    found = tiny.knockout(TEXT, answer=" Paris", subject="France", layers=[0], keys={"together": ["first", "subject"]})
+    row = found.frame.row(0, named=True)
+    assert (row["layers"], row["heads"], row["queries"], row["keys"]) == ([0], None, [4, 4], [0, 3])
+    assert (row["query_token"], row["key_token"], row["answer_token"], row["wrong_token"]) == (
+        "is", None, "Paris", None,
+    )  # fmt: skip
+    assert row["top1_clean_token"] == WORDS[row["top1_clean"]]
+    assert [each["token"] for each in row["changed"]] == [WORDS[each["token_id"]] for each in row["changed"]]
+    assert len(row["changed"]) == 10
+    assert len(tiny.knockout(TEXT, top_k=3).frame["changed"][0]) == 3
+    assert found.logits is None
+
+
+def test_ablation_keeps_both_runs(tiny: Model) -> None:
+    site = "blocks.0.attn.hook_pattern"
+    masks = [Mask(0, (2,), ((4, 0), (4, 3))), Mask(1, None, ((0, 0),))]
+    both = tiny.ablate(TEXT, masks, capture=[site])
+
+    clean, ablated = both.clean.cache[site], both.ablated.cache[site]
+    assert clean.shape == ablated.shape == (1, 4, 5, 5)
+    assert (clean > 0).sum() == 4 * 15
+    assert ablated[0, 2, 4, [0, 3]].tolist() == [0, 0]
+    torch.testing.assert_close(ablated[0, 3], clean[0, 3])
+    assert (both.fired, both.empty_rows) == (2 + 4, 4)
+    p, q = both.clean.logits.double().softmax(0), both.ablated.logits.double().softmax(0)
+    assert both.kl == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-4)
+    most = (p - q).abs().argmax()
+    assert both.changed(3).row(0, named=True)["token_id"] == int(most)
+    assert both.changed(3)["prob_ablated"][0] == pytest.approx(float(q[most]), abs=1e-6)
+
+
+def test_prompt_past_a_window_is_measured_after_another_check(cache: Path) -> None:
+    model = raymi.load("org/windowed", cache_dir=cache)
+    assert model.engine.capability.n_tokens <= 13
+    found = model.knockout(LONG, layers="all", keys={"each": "all"})
+    assert model.engine.capability.n_tokens > 13
+    for row in found.frame.iter_rows(named=True):
+        if row["key"] >= 16 - 13:  # others are out of the window already
+            full = model.ablate(LONG, Mask(row["layer"], None, ((15, row["key"]),)))
+            assert row["kl"] == pytest.approx(full.kl, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.clean(""), "no tokens"),
+        (lambda m: m.clean("is " * 65), "65 tokens are more than its context of 64"),
+        (lambda m: m.clean(TEXT, bos="always"), "no beginning-of-sequence token"),
+        (lambda m: m.clean(TEXT, chat_template=True), "chat template cannot be used"),
+        (lambda m: m.knockout(TEXT, layers=2), "2 is out of range: the model has 2 layers"),
+        (lambda m: m.knockout(TEXT, layers="midle"), r"^layers.*did you mean 'middle'"),
+        (lambda m: m.knockout(TEXT, heads=[0, 4]), "4 is out of range: the model has 4 heads"),
+        (lambda m: m.knockout(TEXT, keys=5), "position 5 is out of range"),
+        (lambda m: m.knockout(TEXT, queries="first", keys="last"), r"^keys: .* after query"),
+        (lambda m: m.knockout(TEXT, keys={"text": "Spain"}), "'text:Spain', which prompt"),
+        (lambda m: m.knockout(TEXT, wrong=" Lima"), "^wrong: a wrong answer needs an answer"),
+        (lambda m: m.knockout("is " * 65), "65 tokens are more than its context of 64"),
+    ],
+)
+def test_mistakes_are_named(tiny: Model, call: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call(tiny)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (Mask(2, None, ((4, 0),)), "layers 0 to 1"),
+        (Mask(0, (4,), ((4, 0),)), "head 4, where there are 0 to 3"),
+        (Mask(0, None, ((5, 0),)), "position 5, where there are 0 to 4"),
+    ],
+)
+def test_no_mask_acts_on_what_is_not_there(tiny: Model, mask: Mask, message: str) -> None:
+    with pytest.raises(NoSuchPlace, match=message):
+        tiny.ablate(TEXT, mask)
+
+
+def test_unknown_site_is_named(tiny: Model) -> None:
+    with pytest.raises(UnknownSite, match=r"did you mean 'blocks\.0\.attn\.hook_pattern'"):
+        tiny.clean(TEXT, capture=["blocks.0.attn.hook_patern"])
+
+
+@pytest.mark.parametrize(
+    ("id", "options", "message"),
+    [
+        ("org/tny", {}, "no model 'org/tny'"),
+        ("org/mute", {}, "org/mute cannot run: no tokenizer"),
+        ("org/tiny", {"dtype": "float23"}, "did you mean 'float32'"),
+        ("org/tiny", {"device": "gpu"}, "device: found 'gpu'; there is here: auto, cpu"),
+        ("org/tiny", {"device": "cpu:1"}, "device: found 'cpu:1'"),
+    ],
+)
+def test_what_cannot_be_opened(cache: Path, id: str, options: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        raymi.load(id, cache_dir=cache, **options)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.oracle
+def test_demo_model_gives_the_known_numbers(demo_cache: Path) -> None:
+    """The figures were computed by eager attention with an edited mask, in another program."""
+    model = raymi.load("raymi-demo/SmolLM2-135M-Instruct-Q4_1", cache_dir=demo_cache)
+    assert model.clean(TEXT).top(1)["token"].to_list() == [" Paris"]
+    row = model.knockout(TEXT, answer=" Paris").frame.row(0, named=True)
+    assert row["layers"] == [15]
+    assert row["kl"] == pytest.approx(0.049847, abs=2e-6)
+    assert row["logit_diff"] == pytest.approx(0.93340, abs=1e-4)
+
+
+# -- heat maps -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("axes", "asked", "x", "y", "cells"),
+    [
+        ({"layers": "all", "heads": {"each": "all"}}, {}, "head", "layer", 8),
+        ({"layers": "all", "keys": {"each": "all"}}, {}, "key", "layer", 10),
+        ({"layers": 0, "queries": "all", "keys": "all"}, {}, "key", "query", 15),
+        ({"layers": "all"}, {}, "layer", None, 2),
+        ({"layers": "all"}, {"y": "layer"}, "layer", None, 2),
+        ({"layers": "all", "heads": {"each": "all"}}, {"x": "layer"}, "layer", "head", 8),
+        ({"layers": "all", "heads": {"each": "all"}}, {"y": "head"}, "layer", "head", 8),
+        ({"layers": "all", "heads": {"each": "all"}, "keys": "all"}, {}, "head", "layer", 8),
+        ({"layers": "all", "heads": {"each": "all"}, "keys": "all"}, {"x": "key", "y": "head"}, "key", "head", 20),
+        ({"layers": 0}, {"x": "layer"}, "layer", None, 1),
+    ],
+)
+def test_heat_map_takes_the_axes_that_vary(
+    tiny: Model, axes: dict[str, Any], asked: dict[str, str], x: str, y: str | None, cells: int
+) -> None:
+    found = tiny.knockout(TEXT, answer=" Paris", **axes)
+    chart = found.heatmap(**asked).to_dict()
+    assert chart["encoding"]["x"]["field"] == x
+    assert chart["encoding"].get("y", {}).get("field") == y
+    values = next(iter(chart.get("datasets", {0: chart["data"].get("values")}).values()))
+    assert len(values) == cells
+    assert math.fsum(cell["logit_diff"] for cell in values) * found.frame.height == pytest.approx(
+        found.frame["logit_diff"].sum() * cells, abs=1e-9
+    )
+    averaged = cells < found.frame.height
+    assert chart["encoding"]["color"]["title"] == ("mean logit_diff" if averaged else "logit_diff")
+
+
+def test_heat_map_orders_by_number_and_names_tokens() -> None:
+    windows = [[9, 10, 11], [0, 1], [2], [1, 3]]
+    frame = pl.DataFrame(
+        {
+            "layers": [layers for layers in windows for _ in range(2)],
+            "heads": [None] * 8,
+            "queries": [[1]] * 8,
+            "keys": [[0], [1]] * 4,
+            "kl": [float(n) for n in range(8)],
+        }
+    )
+    encoding = heatmap(frame, ["The", "end"], "kl", None, None, "title").to_dict()["encoding"]
+    assert encoding["y"]["sort"] == ["0, 1", "1, 3", "2", "9-11"]
+    assert encoding["x"]["sort"] == ["0 The", "1 end"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"value": "kll"}, "did you mean 'kl'"),
+        ({"value": "prompt_id"}, "no column of numbers"),
+        ({"value": "margin_diff"}, "null in every row\nGive the prompt a wrong answer"),
+        ({"x": "heads"}, "did you mean 'head'"),
+        ({}, "there is one ablation"),
+    ],
+)
+def test_what_cannot_be_drawn(tiny: Model, options: dict[str, str], message: str) -> None:
+    found = tiny.knockout(TEXT, answer=" Paris")
+    with pytest.raises(UserError, match=message):
+        found.heatmap(**options)  # pyright: ignore[reportArgumentType]
+
+
+def test_heat_map_without_altair_says_what_to_install(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = tiny.knockout(TEXT, layers="all")
+    monkeypatch.setitem(sys.modules, "altair", None)
+    with pytest.raises(UserError, match=r"pip install 'raymi\[plots\]'"):
+        found.heatmap("kl")

@@ -26,7 +26,7 @@ from transformers import Cache
 from raymi.model.attention import Prefix
 from raymi.model.full import Batch
 from raymi.model.hooked import Cell, HookedModel, NotFinite
-from raymi.model.sites import hidden_input
+from raymi.model.sites import NoSuchPlace, hidden_input
 from raymi.model.sizes import UNEMBEDDED
 
 
@@ -69,6 +69,8 @@ class Cone:
     def _remember(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A copy of the part that is needed lets the rest go.
         x_PTD = hidden_input(args, kwargs)
+        if x_PTD.shape[:2] != self.ids_PT.shape:
+            raise NoSuchPlace(f"{self.model.name}: what its layers hand on is not one residual stream")
         self.inputs.append(x_PTD[:, self.first :].clone() if self.first else x_PTD)
 
     def serves(self, ids_PT: Tensor, first_query: int) -> bool:

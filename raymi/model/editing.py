@@ -103,14 +103,16 @@ def place(block: Block, site: str) -> tuple[nn.Module, bool]:
         NoSuchPlace: when this block has no such site, or it cannot be changed.
     """
     places: dict[str, tuple[nn.Module | None, bool]] = {
-        "hook_resid_pre": (block.module, True),
+        "hook_resid_pre": (block.resid, True),
         "hook_resid_mid": (block.resid_mid, True),
-        "hook_resid_post": (block.module, False),
+        "hook_resid_post": (block.resid, False),
         "hook_attn_out": (block.attn_out, False),
         "hook_mlp_out": (block.mlp_out, False),
         "attn.hook_z": (block.z, True),
     }
     module, is_input = places[site]
+    if module is None and block.resid is None:
+        raise NoSuchPlace(f"no {site}: what its layers hand on is not one residual stream")
     if module is None:
         raise NoSuchPlace(f"no {site}: {block.why or 'the family computes attention and MLP side by side'}")
     return module, is_input

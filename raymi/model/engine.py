@@ -11,7 +11,7 @@ from raymi.model import memory
 from raymi.model.cone import Cone, NotClean
 from raymi.model.full import Batch, Full
 from raymi.model.hooked import Cell, HookedModel, NotFinite, NotFired
-from raymi.model.interventions import Mask
+from raymi.model.interventions import Mask, scale
 from raymi.model.sites import NoSuchPlace
 from raymi.model.sizes import rows_per_batch
 
@@ -196,7 +196,10 @@ def measure_capability(model: HookedModel, n_tokens: int) -> Capability:
 
 
 def _trial(model: HookedModel, n_tokens: int) -> list[Cell]:
-    """Cuts in the lowest and the highest layer with attention, at the end and in the middle, on two prompts."""
+    """Cuts in the lowest and the highest layer with attention, at the end and in the middle, on two prompts.
+
+    Where the residual stream can be changed, it is, below all layers: those without attention may keep a state.
+    """
     last, middle = n_tokens - 1, n_tokens // 2
     lowest, highest = model.attention_layers[0], model.attention_layers[-1]
     masks = [
@@ -204,7 +207,8 @@ def _trial(model: HookedModel, n_tokens: int) -> list[Cell]:
         (Mask(highest, None, ((last, last),)),),
         (Mask(lowest, (0,), ((middle, middle),)), Mask(highest, (0,), ((last, middle),))),
     ]
-    return [Cell(prompt, mask) for prompt in (0, 1) for mask in masks]
+    changes = [(scale(0, "hook_resid_pre", (middle,), 0.5),)] if model.blocks[0].resid is not None else []
+    return [Cell(prompt, of_row) for prompt in (0, 1) for of_row in (*masks, *changes)]
 
 
 def _noise(model: HookedModel, ids_PT: Tensor) -> float:
@@ -223,10 +227,10 @@ def _try(
         off = float((_logits(cone, cells) - full_AV[: len(cells)]).abs().max())
     except (NotFinite, NotFired, NotClean, NoSuchPlace) as error:
         return 0.0, str(error)
-    except (RuntimeError, TypeError, AttributeError, IndexError, KeyError, ValueError, NotImplementedError) as error:
+    except Exception as error:
         if memory.is_out_of_memory(error):
             raise
-        # A family's own code, run in a way that it was not written for, may fail in any of these.
+        # A family's own code, run in a way that it was not written for, may fail in any way.
         return 0.0, f"{type(error).__name__}: {error}"
     return off, "" if off <= tolerance else f"off by {off:.1e} in the logits, where {tolerance:.1e} would be noise"
 

@@ -92,6 +92,8 @@ class Block:
 
     module: nn.Module
     attention: nn.Module | None = None
+    resid: nn.Module | None = None
+    """The layer itself, where what it is given and gives is one tensor of [rows, positions, width]."""
     z: nn.Module | None = None
     """The attention's output projection: its input is z."""
     attn_out: nn.Module | None = None
@@ -220,6 +222,8 @@ def _block(layer: nn.Module, attention: nn.Module | None, trace: _Trace) -> Bloc
     block = Block(layer, attention)
     if trace.given is None or trace.gave is None:
         raise NoSuchPlace("a decoder layer was not called with hidden states as its first argument")
+    if trace.given.dim() == 3 and trace.gave.shape == trace.given.shape:
+        block.resid = layer
     if attention is None:
         block.why = "this layer has no attention"
         return block

@@ -26,7 +26,7 @@ from raymi.model.engine import Engine, measure_capability
 from raymi.model.full import Batch
 from raymi.model.hooked import Cell, HookedModel
 from raymi.model.loading import DTYPES, pick_device
-from raymi.model.metrics import effects, token_effects
+from raymi.model.metrics import Comparison
 from raymi.model.sizes import POSITIONS_PER_BATCH
 
 At = tuple[int, int]
@@ -230,10 +230,10 @@ def _at(part: Part, index: int) -> tuple[Tensor, Cell]:
 
 def _metrics(batch: Batch) -> None:
     """What a row of results needs: distances, most changed tokens, an answer and a wrong answer."""
-    effects(batch.clean_PV, batch.ablated_AV, batch.prompt_A, 10)
+    compared = Comparison(batch.clean_PV, batch.ablated_AV, batch.prompt_A)
+    compared.effects(10)
     for token in (11, 42):
-        token_A = torch.full_like(batch.prompt_A, token)
-        token_effects(batch.clean_PV, batch.ablated_AV, batch.prompt_A, token_A)
+        compared.token(torch.full_like(batch.prompt_A, token))
 
 
 def _largest(logits: dict[At, Tensor], truth: dict[At, Tensor]) -> float:

@@ -1,6 +1,6 @@
-"""What an ablation did to the next-token distribution, computed where the logits are.
+"""What ablations did to the next-token distribution, computed where the logits are.
 
-Legend: A ablations, P clean prompts, V vocabulary, C tokens reported as changed.
+Legend: A ablations, P clean prompts, V vocabulary, C tokens reported as changed, R rows of a slice.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from raymi.model.sizes import METRIC_SLICE
 
 
 class Effects(NamedTuple):
-    """One entry an ablation, on the CPU. Probabilities and KL (nats) are float64, logits float32."""
+    """One entry an ablation, on the CPU. Probabilities and KL (nats) are float64."""
 
     kl_A: Tensor
     total_variation_A: Tensor
@@ -35,96 +35,126 @@ class TokenEffects(NamedTuple):
     rank_ablated_A: Tensor
 
 
-def _slices(n_rows: int, vocabulary: int) -> list[slice]:
-    step = max(1, METRIC_SLICE // vocabulary)
+class Comparison:
+    """Ablated logits beside the clean ones that they belong to; what several metrics need is computed once."""
+
+    def __init__(self, clean_PV: Tensor, ablated_AV: Tensor, prompt_A: Tensor) -> None:
+        """Compares.
+
+        Args:
+            clean_PV: clean logits.
+            ablated_AV: ablated logits.
+            prompt_A: which clean row each ablation belongs to, int64.
+        """
+        self.clean_PV, self.ablated_AV, self.prompt_A = clean_PV.float(), ablated_AV.float(), prompt_A
+        self.top1_P, self.normaliser_P = _normalise(self.clean_PV)
+        self.top1_A, self.normaliser_A = _normalise(self.ablated_AV)
+
+    def effects(self, top_k: int) -> Effects:
+        """Distances between clean and ablated next-token distributions.
+
+        KL(clean || ablated) = sum p (expm1(d) - d) with d = log q - log p: termwise non-negative, and it keeps its
+        digits near zero, where the usual sum p (log p - log q) comes out negative half of the time.
+
+        Args:
+            top_k: how many changed tokens to report.
+        """
+        p_PV = (self.clean_PV - self.normaliser_P[:, None].float()).exp_()
+        parts = [self._effects(rows, p_PV, top_k) for rows in _slices(self.ablated_AV)]
+        kl_A, total_variation_A, changed_AC = (torch.cat(column) for column in zip(*parts, strict=True))
+        clean_AC = self.clean_PV[self.prompt_A[:, None], changed_AC]
+        found = Effects(
+            kl_A,
+            total_variation_A,
+            self.top1_P[self.prompt_A],
+            self.top1_A,
+            changed_AC,
+            _probability(clean_AC, self.normaliser_P[self.prompt_A, None]),
+            _probability(self.ablated_AV.gather(1, changed_AC), self.normaliser_A[:, None]),
+        )
+        return Effects(*(column.cpu() for column in found))
+
+    def token(self, token_A: Tensor) -> TokenEffects:
+        """Logit, probability and rank of one token a row (`token_A`, int64), before and after."""
+        before_A, after_A = self.clean_PV[self.prompt_A, token_A], self.ablated_AV.gather(1, token_A[:, None])[:, 0]
+        ranks = [
+            ((self._clean(rows) > before_A[rows, None]).sum(-1), (self.ablated_AV[rows] > after_A[rows, None]).sum(-1))
+            for rows in _slices(self.ablated_AV)
+        ]
+        rank_before_A, rank_after_A = (torch.cat(column) for column in zip(*ranks, strict=True))
+        found = TokenEffects(
+            before_A,
+            after_A,
+            _probability(before_A, self.normaliser_P[self.prompt_A]),
+            _probability(after_A, self.normaliser_A),
+            rank_before_A,
+            rank_after_A,
+        )
+        return TokenEffects(*(column.cpu() for column in found))
+
+    def _clean(self, rows: slice) -> Tensor:
+        """The clean logits of a slice: a view where all rows share one prompt."""
+        return self.clean_PV if len(self.clean_PV) == 1 else self.clean_PV[self.prompt_A[rows]]
+
+    def _effects(self, rows: slice, p_PV: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """KL, total variation and the most changed tokens of a slice."""
+        p_RV = p_PV if len(p_PV) == 1 else p_PV[self.prompt_A[rows]]
+        ablated_RV, normaliser_R = self.ablated_AV[rows], self.normaliser_A[rows]
+        shift_R = normaliser_R - self.normaliser_P[self.prompt_A[rows]]
+        d_RV = (ablated_RV - self._clean(rows)).sub_(shift_R[:, None].float())
+        growth_RV = torch.expm1(d_RV)
+        change_RV = p_RV * growth_RV  # q - p, without cancellation
+        divergence_RV = growth_RV.sub_(d_RV).mul_(p_RV)
+        if bool(d_RV.amax() > 80):  # where expm1 overflows, p is nothing: only q is left of either
+            far_RV = d_RV > 80
+            q_RV = (ablated_RV - normaliser_R[:, None].float()).exp_()
+            divergence_RV, change_RV = (torch.where(far_RV, q_RV, each) for each in (divergence_RV, change_RV))
+        change_RV = change_RV.abs_()
+        return _sum(divergence_RV), _sum(change_RV) / 2, _largest(change_RV, min(top_k, change_RV.shape[1]))
+
+
+def _slices(logits_AV: Tensor) -> list[slice]:
+    n_rows, vocabulary = logits_AV.shape
+    step = max(1, METRIC_SLICE["cpu" if logits_AV.device.type == "cpu" else "gpu"] // vocabulary)
     return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
 
 
-def _log_normaliser(logits_AV: Tensor) -> Tensor:
-    """[A] float64: logsumexp, float32 terms summed in float64."""
-    peak_A = logits_AV.amax(-1)
-    total_A = (logits_AV - peak_A[:, None]).exp().sum(-1, dtype=_wide(logits_AV))
-    return peak_A.to(total_A.dtype) + total_A.log()
+def _normalise(logits_AV: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit's place, and logsumexp in float64, [A] each."""
+    parts = [_normalise_slice(logits_AV[rows]) for rows in _slices(logits_AV)]
+    top1_A, normaliser_A = (torch.cat(column) for column in zip(*parts, strict=True))
+    return top1_A, normaliser_A
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
+def _normalise_slice(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+    top1_R = logits_RV.argmax(-1)
+    peak_R1 = logits_RV.gather(1, top1_R[:, None])
+    total_R = _sum((logits_RV - peak_R1).exp_())
+    return top1_R, peak_R1[:, 0].to(total_R.dtype) + total_R.log()
+
+
+def _sum(values_RV: Tensor, block: int = 64) -> Tensor:
+    """Sum of non-negative float32 values in float64: short float32 sums first, since widening every value is slow."""
     # Apple's GPUs have no float64.
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+    wide = torch.float32 if values_RV.device.type == "mps" else torch.float64
+    whole = values_RV.shape[1] // block * block
+    blocks_RN = values_RV[:, :whole].unflatten(1, (whole // block, block)).sum(-1)
+    return blocks_RN.sum(-1, dtype=wide) + values_RV[:, whole:].sum(-1, dtype=wide)
 
 
-def effects(clean_PV: Tensor, ablated_AV: Tensor, prompt_A: Tensor, top_k: int) -> Effects:
-    """Distances between clean and ablated next-token distributions.
-
-    KL(clean || ablated) = sum p (expm1(d) - d) with d = log q - log p: termwise non-negative, and it keeps its digits
-    near zero, where the usual sum p (log p - log q) comes out negative half of the time.
-
-    Args:
-        clean_PV: clean logits, float32.
-        ablated_AV: ablated logits, float32.
-        prompt_A: which clean row each ablation belongs to, int64.
-        top_k: how many changed tokens to report.
-    """
-    parts = [
-        _effects(clean_PV[prompt_A[rows]], ablated_AV[rows], top_k)
-        for rows in _slices(len(ablated_AV), clean_PV.shape[1])
-    ]
-    return Effects(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+def _probability(logits: Tensor, normaliser: Tensor) -> Tensor:
+    return (logits.to(normaliser.dtype) - normaliser).exp()
 
 
-def _effects(clean_AV: Tensor, ablated_AV: Tensor, top_k: int) -> Effects:
-    clean_AV, ablated_AV = clean_AV.float(), ablated_AV.float()
-    log_clean_A, log_ablated_A = _log_normaliser(clean_AV), _log_normaliser(ablated_AV)
-    p_AV = (clean_AV - log_clean_A[:, None].float()).exp()
-    d_AV = (ablated_AV - clean_AV) - (log_ablated_A - log_clean_A)[:, None].float()
-    growth_AV = torch.expm1(d_AV)
-    divergence_AV = p_AV * (growth_AV - d_AV)
-    change_AV = p_AV * growth_AV  # q - p, without cancellation
-    far_AV = d_AV > 80  # where expm1 overflows, p is nothing: only q is left of either
-    if bool(far_AV.any()):
-        q_AV = (ablated_AV - log_ablated_A[:, None].float()).exp()
-        divergence_AV, change_AV = torch.where(far_AV, q_AV, divergence_AV), torch.where(far_AV, q_AV, change_AV)
-    kl_A = divergence_AV.sum(-1, dtype=_wide(p_AV))
-    total_variation_A = change_AV.abs_().sum(-1, dtype=_wide(p_AV)) / 2
-    changed_AC = _largest(change_AV, min(top_k, change_AV.shape[1]))
-    return Effects(
-        kl_A,
-        total_variation_A,
-        clean_AV.argmax(-1),
-        ablated_AV.argmax(-1),
-        changed_AC,
-        (clean_AV.gather(1, changed_AC).to(log_clean_A.dtype) - log_clean_A[:, None]).exp(),
-        (ablated_AV.gather(1, changed_AC).to(log_ablated_A.dtype) - log_ablated_A[:, None]).exp(),
-    )
-
-
-def _largest(values_AV: Tensor, k: int) -> Tensor:
+def _largest(values_RV: Tensor, k: int) -> Tensor:
     """Ids of the k largest values a row, ties by the smaller id (which `topk` alone does not promise)."""
-    top = values_AV.topk(k, dim=-1)
-    ids_AC = top.indices
-    tied_A = (values_AV >= top.values[:, -1:]).sum(-1) > k
-    if bool(tied_A.any()):
-        ids_AC = ids_AC.clone()
-        ids_AC[tied_A] = values_AV[tied_A].sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    ids_AC = ids_AC.sort(dim=-1).values
-    order_AC = values_AV.gather(1, ids_AC).sort(dim=-1, descending=True, stable=True).indices
-    return ids_AC.gather(1, order_AC)
-
-
-def token_effects(clean_PV: Tensor, ablated_AV: Tensor, prompt_A: Tensor, token_A: Tensor) -> TokenEffects:
-    """Logit, probability and rank of one token a row, before and after; arguments as in `effects`, token_A int64."""
-    parts = [
-        (*_token(clean_PV[prompt_A[rows]], token_A[rows]), *_token(ablated_AV[rows], token_A[rows]))
-        for rows in _slices(len(ablated_AV), clean_PV.shape[1])
-    ]
-    logit, prob, rank, logit_ablated, prob_ablated, rank_ablated = (
-        torch.cat(column).cpu() for column in zip(*parts, strict=True)
-    )
-    return TokenEffects(logit, logit_ablated, prob, prob_ablated, rank, rank_ablated)
-
-
-def _token(logits_AV: Tensor, token_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    logits_AV = logits_AV.float()
-    logit_A1 = logits_AV.gather(1, token_A[:, None])
-    log_normaliser_A = _log_normaliser(logits_AV)
-    prob_A = (logit_A1[:, 0].to(log_normaliser_A.dtype) - log_normaliser_A).exp()
-    return logit_A1[:, 0], prob_A, (logits_AV > logit_A1).sum(-1)
+    top = values_RV.topk(min(k + 1, values_RV.shape[1]), dim=-1)
+    ids_RC = top.indices[:, :k]
+    if 0 < k < top.values.shape[1]:
+        tied_R = top.values[:, k] == top.values[:, k - 1]
+        if bool(tied_R.any()):
+            ids_RC = ids_RC.clone()
+            ids_RC[tied_R] = values_RV[tied_R].sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    ids_RC = ids_RC.sort(dim=-1).values
+    order_RC = values_RV.gather(1, ids_RC).sort(dim=-1, descending=True, stable=True).indices
+    return ids_RC.gather(1, order_RC)

@@ -18,8 +18,8 @@ class Shape:
 UNEMBEDDED = 1 << 24
 """Logits made at a time; metrics are computed on them before the next ones are."""
 
-METRIC_SLICE = 1 << 22
-"""Logits that metrics handle at a time: their temporaries stay far below the size of the batch."""
+METRIC_SLICE = {"cpu": 1 << 19, "gpu": 1 << 24}
+"""Logits that metrics handle at a time: on a CPU, few enough to stay in its caches."""
 
 POSITIONS_PER_BATCH = {"cpu": 4096, "mps": 8192, "cuda": 65536}
 """More positions at once make no matrix product faster, they only take memory."""

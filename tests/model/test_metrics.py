@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from raymi.model import metrics
-from raymi.model.metrics import effects, token_effects
+from raymi.model.metrics import Comparison
 from tests import oracles
 
 ALONE = torch.tensor([0])
@@ -25,7 +25,7 @@ def pair(size: float, vocabulary: int = 5_000, seed: int = 0) -> tuple[Tensor, T
 @pytest.mark.parametrize("vocabulary", [40, 5_000, 50_000])
 def test_distances(size: float, digits: float, vocabulary: int):
     clean, ablated = pair(size, vocabulary)
-    found = effects(clean, ablated, ALONE, 10)
+    found = Comparison(clean, ablated, ALONE).effects(10)
     assert float(found.kl_A) == pytest.approx(oracles.kl(clean[0], ablated[0]), rel=digits)
     assert float(found.total_variation_A) == pytest.approx(oracles.total_variation(clean[0], ablated[0]), rel=digits)
     assert found.kl_A.dtype == torch.float64
@@ -35,7 +35,7 @@ def test_distances(size: float, digits: float, vocabulary: int):
 @pytest.mark.parametrize("peak", [0.0, 500.0, -500.0])
 def test_logits_of_any_height(peak: float):
     clean, ablated = pair(1.0)
-    found = effects(clean + peak, ablated + peak, ALONE, 10)
+    found = Comparison(clean + peak, ablated + peak, ALONE).effects(10)
     assert float(found.kl_A) == pytest.approx(oracles.kl(clean[0] + peak, ablated[0] + peak), rel=1e-4)
 
 
@@ -44,7 +44,7 @@ def test_certainty_that_moves_is_finite(apart: float):
     """All mass on one token, then on another: the KL is as large as the logits are apart."""
     clean, ablated = torch.zeros(1, 100), torch.zeros(1, 100)
     clean[0, 3], ablated[0, 7] = apart, apart
-    found = effects(clean, ablated, ALONE, 2)
+    found = Comparison(clean, ablated, ALONE).effects(2)
     assert float(found.kl_A) == pytest.approx(apart)
     assert float(found.total_variation_A) == pytest.approx(1.0)
     assert found.changed_AC.tolist() == [[3, 7]]
@@ -54,7 +54,7 @@ def test_certainty_that_moves_is_finite(apart: float):
 def test_kl_is_never_negative(size: float):
     pairs = [pair(size, seed=seed) for seed in range(50)]
     clean, ablated = (torch.cat(side) for side in zip(*pairs, strict=True))
-    found = effects(clean, ablated, torch.arange(50), 1)
+    found = Comparison(clean, ablated, torch.arange(50)).effects(1)
     assert float(found.kl_A.min()) >= 0
     if size == 0:
         assert float(found.kl_A.max()) == 0
@@ -64,7 +64,7 @@ def test_kl_is_never_negative(size: float):
 @pytest.mark.oracle
 def test_top_changes_and_their_probabilities():
     clean, ablated = pair(0.5)
-    found = effects(clean, ablated, ALONE, 10)
+    found = Comparison(clean, ablated, ALONE).effects(10)
     expected = oracles.top_changes(clean[0], ablated[0], 10)
     assert found.changed_AC[0].tolist() == [token for token, _, _ in expected]
     assert found.changed_clean_AC[0].tolist() == pytest.approx([p for _, p, _ in expected], rel=1e-7)
@@ -79,20 +79,20 @@ def test_equal_changes_come_by_id(k: int):
     clean = torch.zeros(1, 12)
     ablated = torch.zeros(1, 12)
     clean[0, 2], ablated[0, 9], clean[0, 5], ablated[0, 4] = 3.0, 3.0, 1.0, 1.0
-    found = effects(clean, ablated, ALONE, k)
+    found = Comparison(clean, ablated, ALONE).effects(k)
     assert found.changed_AC.tolist() == [[2, 9, 4, 5, 0, 1, 3, 6][:k]]
 
 
 def test_more_changes_than_tokens_are_all_of_them():
     clean, ablated = pair(1.0, vocabulary=6)
-    assert sorted(effects(clean, ablated, ALONE, 50).changed_AC[0].tolist()) == list(range(6))
+    assert sorted(Comparison(clean, ablated, ALONE).effects(50).changed_AC[0].tolist()) == list(range(6))
 
 
 @pytest.mark.oracle
 def test_one_token_before_and_after():
     clean, ablated = pair(2.0)
     token = int(clean[0].argsort()[-5])
-    found = token_effects(clean, ablated, ALONE, torch.tensor([token]))
+    found = Comparison(clean, ablated, ALONE).token(torch.tensor([token]))
     assert float(found.logit_clean_A) == float(clean[0, token])
     assert float(found.logit_ablated_A) == float(ablated[0, token])
     assert float(found.prob_clean_A) == pytest.approx(oracles.probabilities(clean[0])[token], rel=1e-7)
@@ -103,7 +103,7 @@ def test_one_token_before_and_after():
 
 def test_equal_logits_share_a_rank():
     logits = torch.tensor([[1.0, 5.0, 5.0, 0.0]])
-    found = token_effects(logits.expand(4, -1), logits.expand(4, -1), torch.arange(4), torch.arange(4))
+    found = Comparison(logits.expand(4, -1), logits.expand(4, -1), torch.arange(4)).token(torch.arange(4))
     assert found.rank_clean_A.tolist() == [2, 0, 0, 3]
 
 
@@ -111,9 +111,9 @@ def test_rows_meet_their_own_prompt_and_slices_change_nothing(monkeypatch: pytes
     clean = torch.cat([pair(0.0, 300, seed)[0] for seed in range(3)])
     ablated = torch.cat([pair(0.5, 300, seed)[1] for seed in range(7)])
     prompt_A, token_A = torch.tensor([2, 0, 1, 1, 0, 2, 2]), torch.arange(7)
-    whole = [*effects(clean, ablated, prompt_A, 4), *token_effects(clean, ablated, prompt_A, token_A)]
-    monkeypatch.setattr(metrics, "METRIC_SLICE", 2 * 300)
-    sliced = [*effects(clean, ablated, prompt_A, 4), *token_effects(clean, ablated, prompt_A, token_A)]
+    whole = [*Comparison(clean, ablated, prompt_A).effects(4), *Comparison(clean, ablated, prompt_A).token(token_A)]
+    monkeypatch.setattr(metrics, "METRIC_SLICE", {"cpu": 2 * 300})
+    sliced = [*Comparison(clean, ablated, prompt_A).effects(4), *Comparison(clean, ablated, prompt_A).token(token_A)]
     for one, other in zip(whole, sliced, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
     for row, prompt in enumerate(prompt_A.tolist()):

@@ -8,10 +8,9 @@ import torch
 
 from raymi.experiments.knockout.spec import SCHEMA, Ablation, ablation_id
 from raymi.model.engine import Engine
-from raymi.model.full import Batch
 from raymi.model.hooked import Cell, NotFinite
 from raymi.model.interventions import Mask
-from raymi.model.metrics import TokenEffects, effects, token_effects
+from raymi.model.metrics import Comparison, TokenEffects
 from raymi.plan import Unit
 from raymi.prompts import TokenizedPrompt
 
@@ -53,6 +52,7 @@ def run(
     try:
         for batch in engine.ablations(ids_PT, cells):
             rows = [(prompts[unit.items[p][0]], ablation) for p, ablation in (work[i] for i in batch.cells)]
+            compared = Comparison(batch.clean_PV, batch.ablated_AV, batch.prompt_A)
             columns = {
                 "unit_id": [unit.unit_id] * len(rows),
                 "experiment": [unit.experiment] * len(rows),
@@ -60,8 +60,8 @@ def run(
                 "revision": [revision] * len(rows),
                 "dtype": [dtype] * len(rows),
                 **_asked(rows, model_id, engine.model.n_heads),
-                **_effects(batch, top_k),
-                **_tokens(batch, rows),
+                **_effects(compared, top_k),
+                **_tokens(compared, rows),
                 "fired": batch.fired_A.tolist(),
                 "empty_rows": batch.empty_A.tolist(),
                 "engine": [engine.way] * len(rows),
@@ -106,8 +106,8 @@ _ASKED = (
 )
 
 
-def _effects(batch: Batch, top_k: int) -> Columns:
-    found = effects(batch.clean_PV, batch.ablated_AV, batch.prompt_A, top_k)
+def _effects(compared: Comparison, top_k: int) -> Columns:
+    found = compared.effects(top_k)
     changed = zip(
         found.changed_AC.tolist(), found.changed_clean_AC.tolist(), found.changed_ablated_AC.tolist(), strict=True
     )
@@ -123,10 +123,10 @@ def _effects(batch: Batch, top_k: int) -> Columns:
     }
 
 
-def _tokens(batch: Batch, rows: Sequence[tuple[TokenizedPrompt, Ablation]]) -> Columns:
+def _tokens(compared: Comparison, rows: Sequence[tuple[TokenizedPrompt, Ablation]]) -> Columns:
     """What happened to the answer and to the wrong answer; null where a prompt has none."""
-    answer = _one_token(batch, "answer", [prompt.answer_id for prompt, _ in rows])
-    wrong = _one_token(batch, "wrong", [prompt.wrong_id for prompt, _ in rows])
+    answer = _one_token(compared, "answer", [prompt.answer_id for prompt, _ in rows])
+    wrong = _one_token(compared, "wrong", [prompt.wrong_id for prompt, _ in rows])
     logit_diff = _minus(answer["answer_logit_clean"], answer["answer_logit_ablated"])
     wrong_diff = _minus(wrong["wrong_logit_clean"], wrong["wrong_logit_ablated"])
     return {
@@ -137,9 +137,11 @@ def _tokens(batch: Batch, rows: Sequence[tuple[TokenizedPrompt, Ablation]]) -> C
     }
 
 
-def _one_token(batch: Batch, name: str, ids: list[int | None]) -> Columns:
-    token_A = torch.tensor([i or 0 for i in ids], device=batch.prompt_A.device)
-    found: TokenEffects = token_effects(batch.clean_PV, batch.ablated_AV, batch.prompt_A, token_A)
+def _one_token(compared: Comparison, name: str, ids: list[int | None]) -> Columns:
+    if all(token is None for token in ids):
+        fields = (field.removesuffix("_A") for field in TokenEffects._fields)
+        return {f"{name}_id": list(ids), **{f"{name}_{field}": list(ids) for field in fields}}
+    found = compared.token(torch.tensor([token or 0 for token in ids], device=compared.prompt_A.device))
     columns: Columns = {
         f"{name}_{field.removesuffix('_A')}": [
             value if token is not None else None for token, value in zip(ids, column.tolist(), strict=True)

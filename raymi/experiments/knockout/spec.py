@@ -1,11 +1,12 @@
 """Attention knockout: which edges of which heads in which layers are cut, and what a row of the result says."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fnmatch import fnmatchcase
-from hashlib import sha256
+from functools import lru_cache
 from itertools import groupby
 from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 
@@ -235,15 +236,16 @@ def ablation_id(model_id: str, token_ids: Sequence[int], ablation: Ablation, n_h
     All heads, whether listed or None, are the same cell.
     """
     heads = None if ablation.heads is None or len(set(ablation.heads)) == n_heads else sorted(set(ablation.heads))
-    cell = [
-        "knockout",
-        model_id,
-        list(token_ids),
-        sorted(set(ablation.layers)),
-        heads,
-        sorted(set(ablation.edges)),
-    ]
-    return sha256(json.dumps(cell, separators=(",", ":")).encode()).hexdigest()[:16]
+    cell = [sorted(set(ablation.layers)), heads, sorted(set(ablation.edges))]
+    name = _named_prompt(model_id, tuple(token_ids)).copy()
+    name.update(b"," + json.dumps(cell, separators=(",", ":"))[1:].encode())
+    return name.hexdigest()[:16]
+
+
+@lru_cache(maxsize=16)
+def _named_prompt(model_id: str, token_ids: tuple[int, ...]) -> Any:
+    """The beginning that all ablations of a prompt share: writing out a long prompt for each of them takes longest."""
+    return hashlib.sha256(json.dumps(["knockout", model_id, token_ids], separators=(",", ":"))[:-1].encode())
 
 
 def _layer_groups(spec: KnockoutSpec, n_layers: int) -> list[tuple[int, ...]]:

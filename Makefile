@@ -47,6 +47,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.made
 $(VENV)/.test: pyproject.toml constraints.txt $(VENV)/.made
 	@echo 'installing raymi and what its tests need into $(VENV) ...'
 	@$(PIP) -e '.[test]' || $(UNREACHED)
+	@$(PIP) --no-deps dictionary-learning || $(UNREACHED)  # it wants an nnsight of years ago, and works with today's
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.bench: pyproject.toml constraints.txt $(VENV)/.made

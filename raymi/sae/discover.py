@@ -136,7 +136,7 @@ def _only(place: Source, where: str) -> Source:
             f"{where}: there is no SAE in a format that raymi knows",
             hint="`raymi sae list` shows the SAEs in the cache.",
         )
-    near = get_close_matches(where, list(sources), n=3) or list(sources)[:3]
+    near = get_close_matches(where, list(sources), n=3, cutoff=0.0)
     raise UserError(f"{where}: there are {len(sources)} SAEs", hint=f"Name one, such as {' or '.join(near)}.")
 
 

@@ -87,8 +87,8 @@ def _pickle(file: Path) -> dict[str, "Tensor"]:
             f"{file}: this pickle holds more than tensors and is refused: loading it could run any code",
             hint="Save its state_dict() again, or convert it to safetensors.",
         ) from None
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error})") from None
+    except Exception as error:  # what is no pickle fails in any way
+        raise UserError(f"{file}: cannot be read as a pickle ({type(error).__name__})") from None
     if not isinstance(loaded, dict) or not all(
         isinstance(t, torch.Tensor) for t in cast(dict[Any, Any], loaded).values()
     ):
@@ -137,6 +137,8 @@ def _npz_tensors(file: Path) -> dict[str, "Tensor"]:
     arrays: dict[str, Any] = {}
     with np.load(file, allow_pickle=False) as archive:
         for name, member in described.items():
+            if np.dtype(member.dtype).kind not in "fiu":  # Python objects would be a pickle
+                raise UserError(f"{file}: tensor {name!r} is {member.dtype}; raymi reads float32 and float16")
             if member.offset is None or not all(member.shape):
                 arrays[name] = archive[name]
             else:

@@ -48,7 +48,7 @@ SPARSIFY: dict[str, dict[str, Any]] = {
 def test_sparsify(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "SPARSIFY_DISABLE_TRITON", "1")
     pytest.importorskip("sparsify")
-    coder = import_module("sparsify.sparse_coder")  # not the trainer, which wants bitsandbytes
+    coder = import_module("sparsify.sparse_coder")
     config = import_module("sparsify.config").SparseCoderConfig(k=K, **SPARSIFY[case])
     theirs = coder.SparseCoder(D, config)
     randomise(theirs)

@@ -41,7 +41,10 @@ def heatmap(
     means = cells.group_by(shown, maintain_order=True).agg(pl.col(value).mean(), pl.len().alias("cells"))
     several = int(means["cells"].cast(pl.Int64).max()) > 1  # pyright: ignore[reportArgumentType]
     legend = f"mean {value}" if several else value
-    scale = alt.Scale(scheme="redblue", domainMid=0) if value in SIGNED else alt.Scale(scheme="viridis")
+    scale = alt.Scale(scheme="viridis")
+    if value in SIGNED:  # white is no change, and red and blue are equally dark at equal distances from it
+        widest = max(map(abs, means[value].drop_nulls())) or 1.0
+        scale = alt.Scale(scheme="redblue", domain=[-widest, widest])
     # As values: altair refuses frames of more than 5,000 rows, which layers times heads can be.
     chart = alt.Chart(alt.Data(values=means.rows(named=True))).mark_rect()
     places = {
@@ -58,7 +61,9 @@ def heatmap(
 def _altair() -> Any:
     try:
         import altair
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "altair":
+            raise
         raise UserError(
             "heat maps are drawn by altair, which is not installed", hint="pip install 'raymi[plots]'"
         ) from None

@@ -261,6 +261,13 @@ def test_heat_map_takes_the_axes_that_vary(
     assert chart["encoding"]["color"]["title"] == ("mean logit_diff" if averaged else "logit_diff")
 
 
+def test_no_change_is_white(tiny: Model) -> None:
+    found = tiny.knockout(TEXT, answer=" Paris", layers="all", heads={"each": "all"})
+    low, high = found.heatmap().to_dict()["encoding"]["color"]["scale"]["domain"]
+    assert -low == high == max(map(abs, found.frame["logit_diff"]))
+    assert "domain" not in found.heatmap("kl").to_dict()["encoding"]["color"]["scale"]
+
+
 def test_heat_map_orders_by_number_and_names_tokens() -> None:
     windows = [[9, 10, 11], [0, 1], [2], [1, 3]]
     frame = pl.DataFrame(

@@ -33,15 +33,16 @@ def edited_masks(
     """
     with ExitStack() as stack:
         for layer, cut in tap.cuts.items():
-            edit = _Edit(tap, cut, n_heads)
+            edit = _Edit(tap, cut, n_heads, layer in z)
             stack.callback(attention[layer].register_forward_pre_hook(edit.mask, with_kwargs=True).remove)
-            stack.callback(z[layer].register_forward_pre_hook(edit.z).remove)
+            if layer in z:
+                stack.callback(z[layer].register_forward_pre_hook(edit.z).remove)
         yield
 
 
 class _Edit:
-    def __init__(self, tap: Tap, cut: Cut, n_heads: int) -> None:
-        self.tap, self.cut, self.n_heads = tap, cut, n_heads
+    def __init__(self, tap: Tap, cut: Cut, n_heads: int, has_z: bool) -> None:
+        self.tap, self.cut, self.n_heads, self.has_z = tap, cut, n_heads, has_z
         self.dead_3N: Tensor | None = None
 
     def mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -63,6 +64,10 @@ class _Edit:
             open_NS = mask_BHQS[cut.line_3N.unbind()] > lowest / 2
         dead_N = ~open_NS.any(-1)
         self.dead_3N = cut.line_3N[:, dead_N]
+        if not self.has_z and bool(dead_N.any()):
+            raise UnsupportedAttention(
+                f"{type(module).__name__}: a line without keys, and no output that could be zeroed"
+            )
         self.tap.count(cut, dead_N)
         bound.arguments["attention_mask"] = mask_BHQS
         return bound.args, bound.kwargs

@@ -113,6 +113,8 @@ def place(block: Block, site: str) -> tuple[nn.Module, bool]:
     module, is_input = places[site]
     if module is None and block.resid is None:
         raise NoSuchPlace(f"no {site}: what its layers hand on is not one residual stream")
+    if module is None and site == "attn.hook_z" and block.attn_out is not None:
+        raise NoSuchPlace(f"no {site}: its heads' outputs are not side by side anywhere")
     if module is None:
         raise NoSuchPlace(f"no {site}: {block.why or 'the family computes attention and MLP side by side'}")
     return module, is_input

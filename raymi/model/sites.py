@@ -233,7 +233,8 @@ def _block(layer: nn.Module, attention: nn.Module | None, trace: _Trace) -> Bloc
     if not of_attention or not inside:
         block.why = "its attention is not a part of its own in the layer"
         return block
-    block.z = of_attention[-1].module
+    if of_attention[-1].given.shape[:-1] == trace.given.shape[-3:-1]:  # experts may be handed tokens in another order
+        block.z = of_attention[-1].module
     start = inside[0] + 1
     after_z = trace.leaves[trace.leaves.index(of_attention[-1]) + 1 :]
     # The outermost place that fits: a whole attention (or its post-norm) before the projection inside of it, which is

@@ -89,8 +89,84 @@ CONFIGS: dict[str, dict[str, Any]] = {
 REQUIRED = tuple(list(CONFIGS)[:10])
 
 
+_MIXED: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_LATENT: dict[str, Any] = {
+    **{**_MODERN, "num_key_value_heads": 4, "head_dim": 4},
+    **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 16},
+}
+"""Queries and keys of 12 numbers, values of 16."""
+_GROUPED: dict[str, Any] = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, **_MIXED}
+_LINEAR: dict[str, Any] = {
+    **{"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    "linear_conv_kernel_dim": 4,
+}
+_STATE: dict[str, Any] = {
+    **{"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2},
+    **{"mamba_n_groups": 1, "mamba_chunk_size": 4, "mamba_d_ssm": 64},
+}
+_SIX: dict[str, Any] = {**_MODERN, "num_hidden_layers": 6}
+
+
+def _every_third(state: str, attention: str = "full_attention") -> dict[str, Any]:
+    """Six layers, attention in the second and the fifth, so that states lie below, between and above."""
+    return {**_SIX, "layer_types": [state, attention, state] * 2}
+
+
+_WINDOWED = {**_SIX, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 3}
+_PER_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}
+
+ODD: dict[str, dict[str, Any]] = {
+    # Attention in every layer: latent, of experts, with norms elsewhere.
+    "afmoe": {**_MODERN, **_MIXED, "num_experts": 4, "num_dense_layers": 1, "sliding_window": WINDOW},
+    "cohere2": {**_MODERN, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "deepseek_v2": {**_LATENT, **_GROUPED, "topk_method": "greedy", "first_k_dense_replace": 2},
+    "deepseek_v3": {**_LATENT, **_GROUPED, "first_k_dense_replace": 2},
+    "exaone4": {**_MODERN, "sliding_window": WINDOW, "sliding_window_pattern": 2},
+    "glm4": {**_MODERN, "pad_token_id": 1},
+    "glm4_moe": {**_MODERN, **_GROUPED, "first_k_dense_replace": 1, "pad_token_id": 1},
+    "jetmoe": {**_MODERN, **_MIXED, "num_key_value_heads": 2, "kv_channels": 8, "num_local_experts": 4},
+    "olmoe": {**_MODERN, **_MIXED, "num_experts": 4},
+    "qwen3_moe": {**_MODERN, **_MIXED, "num_experts": 4},
+    # States, convolutions and linear attention beside it.
+    "bamba": {**_SIX, **_STATE, "attn_layer_indices": [1, 4]},
+    "falcon_h1": {**_MODERN, **_STATE},
+    "granitemoehybrid": {
+        **{**_every_third("mamba", "attention"), **_STATE, **_MIXED},
+        **{"num_local_experts": 4, "shared_intermediate_size": 32},
+    },
+    "jamba": {
+        **{**_SIX, "attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+        **{"num_experts": 4, "num_experts_per_tok": 2, "use_mamba_kernels": False, "mamba_d_state": 8},
+    },
+    "lfm2": _every_third("conv"),
+    "minimax": {**_every_third("linear_attention"), "num_local_experts": 4, "num_experts_per_tok": 2},
+    "nemotron_h": {
+        **{**_SIX, **_GROUPED, "layers_block_type": ["mamba", "attention", "moe"] * 2, "ssm_state_size": 8},
+        **{"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "chunk_size": 4},
+        "moe_shared_expert_intermediate_size": 24,
+    },
+    "olmo_hybrid": {**_every_third("linear_attention"), **_LINEAR, "pad_token_id": 1},
+    "qwen3_next": {
+        **{**_every_third("linear_attention"), **_LINEAR, **_MIXED},
+        **{"num_experts": 4, "shared_expert_intermediate_size": 24},
+    },
+    "recurrent_gemma": {
+        **{**_SIX, "lru_width": 32, "attention_window_size": WINDOW},
+        "block_types": ["recurrent", "recurrent", "attention"],
+    },
+    # Layers that read other layers' keys, side tensors, streams side by side, outputs as large as the ids say.
+    "gemma3n_text": {
+        **{**_WINDOWED, **_PER_LAYER, "num_kv_shared_layers": 2, "altup_num_inputs": 2, "laurel_rank": 4},
+        "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0, 0.0, 0.0],
+    },
+    "gemma4_text": {**_WINDOWED, **_PER_LAYER, "num_kv_shared_layers": 2, "global_head_dim": 8},
+    "gpt_bigcode": _GPT,
+}
+"""Families that are built in unusual ways, each with what makes it so."""
+
+
 def config(family: str) -> Any:
-    return CONFIG_MAPPING[family](**CONFIGS[family])
+    return CONFIG_MAPPING[family](**{**CONFIGS, **ODD}[family])
 
 
 def build(family: str, seed: int = 0) -> PreTrainedModel:

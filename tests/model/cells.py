@@ -1,4 +1,4 @@
-"""Ablations drawn at random, and what an untouched model makes of them with plain hooks: nothing of raymi's arithmetic."""
+"""Ablations drawn at random, and what an untouched model makes of them with plain hooks: no arithmetic of raymi."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -41,7 +41,6 @@ class Widened(TorchFunctionMode):
 _LLAMA = ("model.layers", "self_attn", "mlp", "self_attn.o_proj")
 _POST_NORMS = ("model.layers", "post_attention_layernorm", "post_feedforward_layernorm", "self_attn.o_proj")
 _GPT = ("transformer.h", "attn", "mlp", "attn.out_proj")
-_CONVOLVED = ("model.layers", "self_attn", "feed_forward", "self_attn.out_proj")
 _NAMES = {
     "gpt2": ("transformer.h", "attn", "mlp", "attn.c_proj"),
     "gpt_neox": ("gpt_neox.layers", "attention", "mlp", "attention.dense"),
@@ -56,16 +55,31 @@ _NAMES = {
     "falcon": ("transformer.h", "self_attention", "mlp", "self_attention.dense"),
     "gpt_neo": ("transformer.h", "attn", "mlp", "attn.attention.out_proj"),
     "mpt": ("transformer.blocks", "attn", "ffn.down_proj", "attn.out_proj"),
-    "lfm2": _CONVOLVED,
+    "lfm2": ("model.layers", "", "", "self_attn.out_proj"),
+    "nemotron_h": ("model.layers", "", "", "mixer.o_proj"),
+    "recurrent_gemma": ("model.layers", "", "", "temporal_block.o_proj"),
+    "gpt_bigcode": ("transformer.h", "attn", "mlp", "attn.c_proj"),
+    "jetmoe": ("model.layers", "self_attention", "mlp", ""),
 }
+_NO_PARTS = (
+    *("granite", "granitemoehybrid", "minimax"),  # what they add is scaled before
+    *("bamba", "falcon_h1", "jamba", "lfm2", "nemotron_h", "olmo_hybrid", "qwen3_next", "recurrent_gemma"),
+    *("afmoe", "gemma4_text"),
+)
+"""Families of which no module gives what attention or MLP add to the residual stream, at least not in every layer."""
 
 
-def sites(family: str, others: Sequence[str] = ()) -> tuple[str, ...]:
-    """What can be changed in a family: all but what Granite scales before it adds it."""
-    return tuple(site for site in EDITABLE if family != "granite" or site not in ("hook_attn_out", "hook_mlp_out"))
+def sites(family: str) -> tuple[str, ...]:
+    """What can be changed in a family, and is by these tests."""
+    if family == "gemma3n_text":
+        return ("attn.hook_z",)  # there is not one residual stream
+    not_there = {"hook_attn_out", "hook_mlp_out"} if family in _NO_PARTS else set[str]()
+    if family == "jetmoe":
+        not_there = {"attn.hook_z"}  # experts project the output
+    return tuple(site for site in EDITABLE if site not in not_there)
 
 
-def _module(model: nn.Module, family: str, layer: int, site: str) -> nn.Module:
+def module(model: nn.Module, family: str, layer: int, site: str) -> nn.Module:
     layers, attention, mlp, z = _NAMES.get(family, _LLAMA)
     inside = {"hook_attn_out": attention, "hook_mlp_out": mlp, "attn.hook_z": z}.get(site)
     return model.get_submodule(f"{layers}.{layer}" + (f".{inside}" if inside else ""))
@@ -115,7 +129,7 @@ def by_plain_hooks(
             fired += len(edit.positions) * (
                 1 if edit.site != "attn.hook_z" else n_heads if edit.heads is None else len(edit.heads)
             )
-            module = _module(model, family, edit.layer, edit.site)
+            place = module(model, family, edit.layer, edit.site)
             if edit.site in ("hook_resid_pre", "attn.hook_z"):
 
                 def before(_: nn.Module, args: Any, kwargs: Any, edit: Edit = edit) -> Any:
@@ -123,7 +137,7 @@ def by_plain_hooks(
                         return (_change(args[0], edit, n_heads), *args[1:]), kwargs
                     return args, {**kwargs, "hidden_states": _change(kwargs["hidden_states"], edit, n_heads)}
 
-                stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                stack.callback(place.register_forward_pre_hook(before, with_kwargs=True).remove)
             else:
 
                 def after(_: nn.Module, __: Any, output: Any, edit: Edit = edit) -> Any:
@@ -131,7 +145,7 @@ def by_plain_hooks(
                     changed = _change(x.reshape(1, n_tokens, -1), edit, n_heads).reshape(x.shape)
                     return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-                stack.callback(module.register_forward_hook(after).remove)
+                stack.callback(place.register_forward_hook(after).remove)
         ids_T: Tensor = ids_PT[cell.prompt]
         logits_V, empty = oracles.by_edited_softmax(model, ids_T, cuts, attention_layers)  # type: ignore[arg-type]
     return logits_V, fired, empty

@@ -20,7 +20,7 @@ from raymi.model.hooked import Cell, HookedModel
 from raymi.model.interventions import Edit, Mask, add, mean, scale, zero
 from raymi.model.interventions import replace as patch
 from tests import families, oracles
-from tests.families import CONFIGS, PROMPT, WINDOW, Build, build, prompt
+from tests.families import CONFIGS, ODD, PROMPT, WINDOW, Build, build, prompt
 from tests.model import cells as drawn
 from tests.model.cells import Request, Space, Widened
 from tests.model.measuring import Measured, by_engine
@@ -29,11 +29,29 @@ pytestmark = pytest.mark.oracle
 
 WORST, EXACT, EFFECT = 5e-4, 1e-10, 1e-3
 
+_OWN, _STATE = "computes its attention itself", "Cannot get conv state"
 BELOW_ONLY = {
-    **dict.fromkeys(("codegen", "falcon", "gpt_neo", "gptj", "mpt"), "computes its attention itself"),
+    **dict.fromkeys(("codegen", "falcon", "gpt_neo", "gptj", "mpt"), _OWN),
+    **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2"), _STATE),
+    **dict.fromkeys(("nemotron_h", "olmo_hybrid", "qwen3_next"), _STATE),
+    "minimax": "uses cache of its own",
+    "recurrent_gemma": "the clean row of a batch differs from the clean run",
 }
 """Families where only the layers below are left out, and a part of the reason."""
-NOT_AT_ALL = {"bloom": "computes its attention itself"}
+NOT_AT_ALL = {
+    "bloom": _OWN,
+    "gemma3n_text": "not one residual stream",
+    "gemma4_text": "size of tensor",  # its upper layers read the keys of lower ones, which know of fewer rows
+    "gpt_bigcode": "shape",  # gives its output the shape of the ids
+}
+"""Families that are measured by full forwards, and a part of the reason."""
+
+WITH_ATTENTION = {
+    **dict.fromkeys(("bamba", "granitemoehybrid", "jamba", "lfm2", "minimax", "nemotron_h"), (1, 4)),
+    **dict.fromkeys(("olmo_hybrid", "qwen3_next"), (1, 4)),
+    "recurrent_gemma": (2, 5),
+}
+"""The layers that have attention, where not all have."""
 
 Hooked = Callable[[str], HookedModel]
 
@@ -77,10 +95,11 @@ class AtATime(dict[Any, int]):
 
 
 def space_of(model: HookedModel, family: str) -> Space:
-    config = model.model.config.get_text_config()
-    width = getattr(config, "head_dim", None) or model.hidden_size // model.n_heads
-    layers = tuple(model.attention_layers)
-    return Space(model.n_layers, model.n_heads, width, model.hidden_size, layers, drawn.sites(family))
+    layers, sites, width = tuple(model.attention_layers), drawn.sites(family), 0
+    if "attn.hook_z" in sites:
+        z = drawn.module(model.model, family, layers[0], "attn.hook_z").get_parameter("weight")
+        width = z.numel() // model.hidden_size // model.n_heads
+    return Space(model.n_layers, model.n_heads, width, model.hidden_size, layers, sites)
 
 
 def compare(
@@ -122,9 +141,11 @@ def tolerance(capability: Capability) -> float:
 # ---- which way -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-def test_the_fastest_exact_way_is_found(family: str, capability: Callable[[str], Capability]):
+@pytest.mark.parametrize("family", [*CONFIGS, *ODD])
+def test_the_fastest_exact_way_is_found(family: str, hooked: Hooked, capability: Callable[[str], Capability]):
     found = capability(family)
+    n_layers = hooked(family).n_layers
+    assert hooked(family).attention_layers == [*WITH_ATTENTION.get(family, range(n_layers))]
     assert found.way == expected_way(family)
     assert {**BELOW_ONLY, **NOT_AT_ALL}.get(family, "") in found.why
     assert bool(found.why) == (found.way != "cone")
@@ -145,7 +166,7 @@ def run_examples(examples: int, space: Space, lengths: Sequence[int], check: Cal
     example()
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [*CONFIGS, *ODD])
 def test_random_interventions(family: str, hooked: Hooked, plain: Build, capability: Callable[[str], Capability]):
     model, effects = hooked(family), list[float]()
 
@@ -156,11 +177,11 @@ def test_random_interventions(family: str, hooked: Hooked, plain: Build, capabil
             compare(ours, request, plain(family), family, model.attention_layers, tolerance(capability(family)))
         )
 
-    run_examples(8, space_of(model, family), (2, WINDOW + 2, PROMPT), check)
-    assert sum(effect > EFFECT for effect in effects) >= max(10, 0.4 * len(effects)), effects
+    run_examples(8 if family in CONFIGS else 5, space_of(model, family), (2, WINDOW + 2, PROMPT), check)
+    assert sum(effect > EFFECT for effect in effects) >= max(5, 0.4 * len(effects)), effects
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [*CONFIGS, *ODD])
 def test_in_float64_only_rounding_is_left(family: str, wide: Any):
     with Widened():
         model, plain, capability = wide(family)
@@ -171,5 +192,5 @@ def test_in_float64_only_rounding_is_left(family: str, wide: Any):
             ours = measure(engine, request)
             effects.extend(compare(ours, request, plain, family, model.attention_layers, EXACT))
 
-        run_examples(6, space_of(model, family), (WINDOW + 3, PROMPT), check)
-    assert sum(effect > EFFECT for effect in effects) >= max(8, 0.4 * len(effects)), effects
+        run_examples(6 if family in CONFIGS else 3, space_of(model, family), (WINDOW + 3, PROMPT), check)
+    assert sum(effect > EFFECT for effect in effects) >= max(3, 0.4 * len(effects)), effects

@@ -130,7 +130,7 @@ def _show(order: "Order", store: "Store", store_uri: str, result: "Result") -> N
         click.echo(f"\nInterrupted; what was measured is in {store_uri}. The same command goes on:", err=True)
         click.echo(f"  {_command_line()}", err=True)
         return
-    if result.started:
+    if result.started or result.failed:
         click.echo()
         for line in lines(tables.report(store, order.run), terminal_width()):
             click.echo(line)

@@ -99,23 +99,42 @@ def assert_as_undisturbed(bench: Bench, store: str) -> None:
     assert pl.scan_parquet(files).select("ablation_id").collect().height == N_UNITS
 
 
-def wait_for_end(bench: Bench, seconds: float = 20) -> None:
-    """That nothing which a killed driver had started outlives it."""
+def wait_for_end(bench: Bench, seconds: float = 20) -> list[psutil.Process]:
+    """That nothing which a killed driver had started outlives it.
+
+    Returns:
+        The two agents of its raylet: they go too, but first try for a minute to tell the cluster, which is gone.
+    """
     until = time.monotonic() + seconds
-    while (left := bench.processes()) and time.monotonic() < until:
-        time.sleep(0.2)
+    processes = bench.processes()
+    agents = [process for process in processes if "Agent" in process.name() or "DashboardA" in process.name()]
+    assert_gone([process for process in processes if process not in agents], until)
+    return agents
+
+
+def assert_gone(processes: list[psutil.Process], until: float) -> None:
+    _, left = psutil.wait_procs(processes, timeout=max(0.0, until - time.monotonic()))
+    left = [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     for process in left:
         process.kill()
     assert not left
 
 
 def kill_and_go_on(bench: Bench, store: str, hows: list[str], rng: random.Random) -> None:
-    """Issues the command again and again, each time with another death, until nothing disturbs it."""
-    for how in hows:
+    """Issues the command again and again, each time with another death, until nothing disturbs it.
+
+    Args:
+        bench: where.
+        store: a new one.
+        hows: ways to die (see `victim`); `inline` after one of them means without Ray.
+        rng: says at which unit.
+    """
+    agents: list[psutil.Process] = []
+    for how, *inline in (each.split() for each in hows):
         n = rng.randint(1, 30)  # so that all deaths find their unit
         print(f"kill: {how} at unit {n}")
         before = bench.rows(store).height if (bench.folder / store).exists() else 0
-        code, output = bench.run(store, how, n)
+        code, output = bench.run(store, how, n, *(f"--{word}" for word in inline))
         after = bench.rows(store).height
         if how == "replica":
             assert code == 0, output
@@ -125,18 +144,19 @@ def kill_and_go_on(bench: Bench, store: str, hows: list[str], rng: random.Random
         if how == "flushed":
             assert after >= before + n
         assert after < N_UNITS
-        wait_for_end(bench)
+        agents += wait_for_end(bench)
     else:
         code, output = bench.run(store)
         assert code == 0, output
     assert_as_undisturbed(bench, store)
+    assert_gone(agents, time.monotonic() + 120)
 
 
 @pytest.mark.timeout(600)
 def test_four_kills(bench):
     seed = random.randrange(2**32)
     print(f"seed {seed}")
-    kill_and_go_on(bench, "four", ["driver", "flushed", "write", "replica"], random.Random(seed))
+    kill_and_go_on(bench, "four", ["driver inline", "write inline", "flushed", "replica"], random.Random(seed))
 
 
 @pytest.mark.slow
@@ -182,15 +202,17 @@ def test_signals_have_their_exit_codes_and_what_was_measured_is_kept(bench, how,
 
 
 @pytest.mark.timeout(300)
-def test_a_driver_that_slept_finds_its_run_taken_and_writes_nothing(bench):
-    sleeper = bench.start("slept", "stop", 20, RAYMI_HEARTBEAT_SECONDS="0.2")
+@pytest.mark.parametrize("where", ["--inline", pytest.param("--device=cpu", marks=pytest.mark.slow, id="ray")])
+def test_a_driver_that_slept_finds_its_run_taken_and_writes_nothing(bench, where):
+    store = f"slept{where}"
+    sleeper = bench.start(store, "stop", 20, where, RAYMI_HEARTBEAT_SECONDS="0.2")
     try:
         wait_until_stopped(sleeper.pid)
-        code, output = bench.run("slept", "none", 0, "--inline")
+        code, output = bench.run(store, "none", 0, "--inline")
         if code == 2:  # its heart may have beaten a moment ago
             assert "is being driven by" in output
             time.sleep(2)
-            code, output = bench.run("slept", "none", 0, "--inline")
+            code, output = bench.run(store, "none", 0, "--inline")
         assert code == 0, output
         os.kill(sleeper.pid, signal.SIGCONT)
         output, _ = sleeper.communicate(timeout=100)
@@ -200,7 +222,7 @@ def test_a_driver_that_slept_finds_its_run_taken_and_writes_nothing(bench):
     assert "was taken over" in output
     assert "Traceback" not in output
     wait_for_end(bench)
-    assert_as_undisturbed(bench, "slept")
+    assert_as_undisturbed(bench, store)
 
 
 def wait_until_stopped(pid: int, seconds: float = 100) -> None:

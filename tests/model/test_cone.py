@@ -4,7 +4,6 @@ float32 to 20 times the noise that the shape of a batch makes (and never beyond 
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -14,16 +13,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given
 
+from raymi.model import cone
+from raymi.model.cone import NotClean
 from raymi.model.engine import Capability, Engine, measure_capability
-from raymi.model.full import Full
-from raymi.model.hooked import Cell, HookedModel
+from raymi.model.hooked import Cell, HookedModel, NotFinite, NotFired
 from raymi.model.interventions import Edit, Mask, add, mean, scale, zero
 from raymi.model.interventions import replace as patch
 from tests import families, oracles
 from tests.families import CONFIGS, ODD, PROMPT, WINDOW, Build, build, prompt
 from tests.model import cells as drawn
 from tests.model.cells import Request, Space, Widened
-from tests.model.measuring import Measured, by_engine
+from tests.model.measuring import Measured
 
 pytestmark = pytest.mark.oracle
 
@@ -194,3 +194,179 @@ def test_in_float64_only_rounding_is_left(family: str, wide: Any):
 
         run_examples(6 if family in CONFIGS else 3, space_of(model, family), (WINDOW + 3, PROMPT), check)
     assert sum(effect > EFFECT for effect in effects) >= max(3, 0.4 * len(effects)), effects
+
+
+# ---- every site and operation, with an effect ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_site_and_operation(family: str, hooked: Hooked, plain: Build, capability: Callable[[str], Capability]):
+    """Together in one request of two prompts, at the last position and at one in the middle, each of them felt."""
+    model, ids_PT, found = hooked(family), prompt(rows=2), capability(family)
+    changes: list[tuple[Mask | Edit, ...]] = [(Mask(layer, (1,), ((PROMPT - 1, PROMPT - 2),)),) for layer in (0, 3)]
+    changes.append(tuple(Mask(layer, None, ((8, 7), (8, 6), (PROMPT - 1, 12))) for layer in range(4)))
+    for at, layer in ((PROMPT - 1, 2), (10, 0)):
+        for site in drawn.sites(family):
+            name = f"blocks.{layer}.{site}"
+            of_others = model.mean(name, prompt(rows=3, seed=8))
+            of_another = model.forward(prompt(seed=9), capture=[name]).cache[name][0, at]
+            heads = (1, 3) if site == "attn.hook_z" else None
+            some = of_others[[1, 3]] if heads else of_others
+            changes += [
+                (zero(layer, site, (at,), heads),),
+                (mean(layer, site, (at - 1, at), some, heads),),
+                (patch(layer, site, (at,), of_another[None]),),
+                (add(layer, site, (at,), some, heads),),
+                (scale(layer, site, (at,), 2.5, heads),),
+            ]
+    request = Request(ids_PT, [Cell(i % 2, change) for i, change in enumerate(changes)], 0)
+    ours = measure(Engine(model, found, found.way), request)
+    effects = compare(ours, request, plain(family), family, model.attention_layers, tolerance(found))
+    assert min(effects) > 4 * tolerance(found)
+    assert sum(effect > EFFECT for effect in effects) >= 0.9 * len(effects)
+
+
+# ---- what the staircase does, told by a few cells -------------------------------------------------------------------
+
+LAST = PROMPT - 1
+STEPS = [
+    Cell(p, (Mask(layer, heads, ((query, query - 1), (query, 0))),))
+    for p in (0, 2, 1)
+    for layer in (3, 0, 2)
+    for heads in ((0,), None)
+    for query in (LAST, 6)
+]
+
+
+@pytest.fixture
+def engine(capability: Callable[[str], Capability]) -> Callable[..., Engine]:
+    """A fresh model each time: these tests change it."""
+
+    def make(family: str = "llama", **changed: Any) -> Engine:
+        return Engine(HookedModel(build(family), family), replace(capability(family), **changed), expected_way(family))  # type: ignore[arg-type]
+
+    return make
+
+
+def same(ours: Measured, others: Measured) -> None:
+    for one, other in zip(ours, others, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "mpt"])
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_slices_of_logits_give_the_same(
+    prompts: int, family: str, engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+):
+    request = Request(prompt(rows=prompts), [Cell(of.prompt % prompts, of.interventions) for of in STEPS], 0)
+    at_once = measure(engine(family), request)
+    monkeypatch.setattr(cone, "UNEMBEDDED", 3 * families.VOCABULARY + 1)
+    batches = list(engine(family).ablations(request.ids_PT, request.cells))
+    assert {len(batch.cells) for batch in batches} <= {1, 2, 3}
+    assert all(len(batch.ablated_AV) == len(batch.cells) == len(batch.fired_A) for batch in batches)
+    same(measure(engine(family), request), at_once)
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3, 4])
+def test_memory_that_runs_out_between_two_slices_loses_nothing(
+    nth: int, engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+):
+    """What was handed out before is not measured again, what was not is."""
+    request, its = Request(prompt(), [Cell(0, of.interventions) for of in STEPS], 0), engine()
+    plenty = measure(its, request)
+    monkeypatch.setattr(cone, "UNEMBEDDED", 4 * families.VOCABULARY)
+    unembed, calls = cone.Cone._unembed, list[int]()
+
+    def scarce(self: cone.Cone, hidden_AD: Any, returned: Any) -> Any:
+        calls.append(len(hidden_AD))
+        if len(calls) == nth:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return unembed(self, hidden_AD, returned)
+
+    monkeypatch.setattr(cone.Cone, "_unembed", scarce)
+    same(measure(its, request), plenty)
+    assert len(calls) > nth
+    assert min(its.limits.values()) < max(2, len(STEPS))
+
+
+@pytest.mark.parametrize("way", ["cone", "layers"])
+def test_prompts_that_may_not_share_a_sweep_have_their_own(way: Any, engine: Callable[..., Engine]):
+    request = Request(prompt(rows=3), STEPS, 0)
+    together, alone = engine(), engine(together=False)
+    together.way = alone.way = way
+    ran: list[int] = []
+    run = alone.model.run
+    alone.model.run = lambda ids, *args, **kwargs: ran.append(len(ids)) or run(ids, *args, **kwargs)  # type: ignore[method-assign]
+    same(measure(alone, request), measure(together, request))
+    assert set(ran) == {1}
+
+
+def test_counts_are_those_of_each_row(engine: Callable[..., Engine]):
+    every_key = tuple((LAST, key) for key in range(PROMPT))
+    cells = [
+        Cell(0, (Mask(3, (2,), ((LAST, 0),)),)),
+        Cell(0, (Mask(0, None, every_key), Mask(2, (1, 2), every_key))),
+        Cell(0, (Mask(1, (0,), ((LAST, 3), (LAST, 4))), Mask(1, None, ((LAST, 4),)), zero(2, "hook_mlp_out", (LAST,)))),
+        Cell(0, (scale(1, "attn.hook_z", (LAST,), 2.0, (0, 3)),)),
+    ]
+    ours = measure(engine(), Request(prompt(), cells, 0))
+    assert ours.fired_A.tolist() == [1, 4 * PROMPT + 2 * PROMPT, 1 + 4 + 1, 2]
+    assert ours.empty_A.tolist() == [0, 4 + 2, 0, 0]
+
+
+# ---- what must not become a number ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mpt"])
+def test_a_model_that_changed_since_its_clean_run_is_found_out(family: str, engine: Callable[..., Engine]):
+    its, ids_PT = engine(family), prompt()
+    cells = [Cell(0, of.interventions) for of in STEPS]
+    list(its.ablations(ids_PT, cells))
+    assert its.cone is not None
+    with torch.no_grad():
+        drawn.module(its.model.model, family, 3, "attn.hook_z").get_parameter("weight")[0].zero_()
+    with pytest.raises(NotClean, match=f"{family}: the clean row of a batch differs from the clean run by"):
+        list(its.ablations(ids_PT, cells))
+    its.cone = None
+    assert list(its.ablations(ids_PT, cells))
+
+
+def test_a_clean_row_that_is_not_a_number_is_not_clean(engine: Callable[..., Engine]):
+    its, ids_PT = engine(), prompt()
+    list(its.ablations(ids_PT, STEPS[:1]))
+    with torch.no_grad():
+        its.model.model.get_submodule("model.layers.3.mlp.down_proj").get_parameter("weight")[0, 0] = torch.nan
+    with pytest.raises((NotClean, NotFinite)):
+        list(its.ablations(ids_PT, STEPS[:1]))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_one_bad_row_is_an_error(bad: float, engine: Callable[..., Engine]):
+    its = engine()
+    cells = [*STEPS[:2], Cell(0, (add(1, "hook_resid_post", (LAST,), torch.full((32,), bad)),))]
+    with pytest.raises(NotFinite, match="llama: NaN or infinity"):
+        list(its.ablations(prompt(rows=3), cells))
+    assert list(its.ablations(prompt(rows=3), cells[:2])), "and leaves no trace"
+
+
+def test_an_intervention_that_does_not_fire_is_an_error(engine: Callable[..., Engine]):
+    """A layer that is left out while it should be cut: the count in the row says so."""
+    its = engine()
+    its.model.blocks[2].module.forward = lambda hidden_states, **_: hidden_states  # type: ignore[method-assign]
+    with pytest.raises(NotFired, match="should have fired 2 times, and fired 0 times"):
+        list(its.ablations(prompt(), [Cell(0, (Mask(2, (0,), ((LAST, 0), (LAST, 1))),))]))
+
+
+def test_a_sweep_leaves_no_trace(engine: Callable[..., Engine]):
+    its, ids_PT = engine(), prompt(rows=3)
+    layer = its.model.blocks[0].module
+    own = layer.__dict__["forward"] = layer.forward  # as accelerate does it
+    before = its.model.forward(ids_PT).logits_BV
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in its.model.model.modules()]
+    list(its.ablations(ids_PT, STEPS))
+    with pytest.raises(NotFinite):
+        list(its.ablations(ids_PT, [Cell(0, (add(2, "hook_resid_pre", (LAST,), torch.full((32,), torch.inf)),))]))
+    assert torch.equal(its.model.forward(ids_PT).logits_BV, before)
+    assert layer.__dict__["forward"] is own
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in its.model.model.modules()] == hooks
+    assert its.model.tap.prefix is its.model.tap.keep is None

@@ -131,14 +131,17 @@ def _close(run: Run, result: Result) -> Result:
 
 
 def _backend(stack: ExitStack, order: Order, agenda: Agenda, choice: Choice, nodes: "list[Node] | None") -> Backend:
-    make = partial(_worker, order.job, agenda.former, order.cache)
     if order.inline or not agenda.needs_replicas:
+        make = partial(_worker, order.job, agenda.former, order.cache)
         return InlineBackend(lambda key: make(agenda.models[key], None))
     if nodes is None:
         nodes = _start(stack, choice)
     from raymi.cluster.ray_backend import RayBackend
 
-    return RayBackend(nodes, order.job, agenda.models, lambda model: partial(make, model))
+    # Ray says which device a replica sees, and it always sees it as the first.
+    job = order.job.model_copy(update={"device": order.job.device.partition(":")[0]})
+    make = partial(_worker, job, agenda.former, order.cache)
+    return RayBackend(nodes, job, agenda.models, lambda model: partial(make, model))
 
 
 def _worker(job: Job, former: Sequence[Prompt], cache: Cache, model: CachedModel, threads: int | None) -> Worker:

@@ -55,7 +55,7 @@ class Bench:
         return subprocess.Popen(
             [sys.executable, str(VICTIM), how, str(n), str(self.folder / "pids"), "--", *arguments],
             cwd=self.folder,
-            env=os.environ | {"PYTHONPATH": str(ROOT)} | env,
+            env=self.environment() | env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -66,6 +66,11 @@ class Bench:
         process = self.start(store, how, n, *more, **env)
         output, _ = process.communicate(timeout=170)
         return process.returncode, output
+
+    def environment(self) -> dict[str, str]:
+        """A user's own, with nothing said to Ray: what raymi tells it by itself is what is tested."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        return kept | {"PYTHONPATH": str(ROOT), "HOME": str(self.folder), "OMP_NUM_THREADS": "1"}
 
     def rows(self, store: str) -> pl.DataFrame:
         return raymi.store.open(str(self.folder / store)).scan("ablations").sort("ablation_id").collect()
@@ -149,6 +154,7 @@ def kill_and_go_on(bench: Bench, store: str, hows: list[str], rng: random.Random
         code, output = bench.run(store)
         assert code == 0, output
     assert_as_undisturbed(bench, store)
+    assert not (bench.folder / ".ray").exists(), "Ray wrote its token into the home directory"
     assert_gone(agents, time.monotonic() + 120)
 
 

@@ -28,7 +28,7 @@ from raymi.model.hooked import Cell, HookedModel
 from raymi.model.interventions import Intervention
 from raymi.model.loading import DTYPES, Loaded, check_length
 from raymi.model.loading import load as load_weights
-from raymi.model.metrics import Comparison
+from raymi.model.metrics import Comparison, Effects
 from raymi.plan import units
 from raymi.prompts import Bos, Prompt, TokenizedPrompt, tokenize
 from raymi.tokenizer import load_tokenizer, token_texts
@@ -128,7 +128,7 @@ class Ablated:
 
     def changed(self, k: int = 10) -> pl.DataFrame:
         """The k most changed tokens, |change| descending: token_id, token, prob_clean, prob_ablated."""
-        found = Comparison(self.clean.logits[None], self.ablated.logits[None], torch.tensor([0])).effects(k)
+        found = _compared(self.clean.logits, self.ablated.logits, k)
         ids: list[int] = found.changed_AC[0].tolist()
         texts = token_texts(self.clean.tokenizer, ids)
         return pl.DataFrame(
@@ -261,7 +261,7 @@ class Model:
             Forward(read, out.logits_BV[row], {k: v[row : row + 1] for k, v in out.cache.items()}, self.tokenizer)
             for row in (0, 1)
         )
-        kl = Comparison(clean.logits[None], ablated.logits[None], torch.tensor([0])).effects(1).kl_A
+        kl = _compared(clean.logits, ablated.logits, 1).kl_A
         return Ablated(clean, ablated, float(kl), int(out.fired_B[1]), int(out.empty_B[1]))
 
     def knockout(
@@ -370,6 +370,11 @@ def top_tokens(logits_V: Tensor, tokenizer: Any, k: int) -> pl.DataFrame:
             "prob": probs_V[ids].tolist(),
         }
     )
+
+
+def _compared(clean_V: Tensor, ablated_V: Tensor, top_k: int) -> Effects:
+    """What one ablation did."""
+    return Comparison(clean_V[None], ablated_V[None], torch.tensor([0], device=clean_V.device)).effects(top_k)
 
 
 @dataclass(slots=True)

@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-OWN_ATTENTION = ("bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt")
-"""Families of `tests.families` that do not dispatch their attention."""
+OWN_ATTENTION = ("bloom", "codegen", "falcon", "gpt_neo", "gptj", "mpt", "rembert", "roformer")
+"""Families of the tests that do not dispatch their attention."""
 
 BRIDGED = (
     *("llama", "gpt2", "gpt_neox", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mistral", "starcoder2"),

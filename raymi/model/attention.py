@@ -23,6 +23,7 @@ IGNORED = frozenset(
         "cache_position",
         "dropout",
         "is_causal",
+        "logits_to_keep",
         "output_attentions",
         "output_hidden_states",
         "output_router_logits",

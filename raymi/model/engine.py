@@ -1,6 +1,7 @@
 """Measuring ablations by the fastest way that is exact on a model, as many at a time as fit into memory."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from raymi.model import memory
+from raymi.model.attention import UnsupportedAttention
 from raymi.model.cone import Cone, NotClean
 from raymi.model.full import Batch, Full
 from raymi.model.hooked import Cell, HookedModel, NotFinite, NotFired
@@ -162,14 +164,16 @@ def measure_capability(model: HookedModel, n_tokens: int) -> Capability:
 
     Raises:
         WrongNumbers: raymi's attention differs from the family's own, or rows change each other: no way is right.
+        UnsupportedAttention: the family's code cannot have its attention cut.
     """
     ids_PT = model.probe_ids(n_tokens, 2)
     cells = _trial(model, n_tokens)
-    full = _logits(Full(model, ids_PT), cells)
-    noise = _noise(model, ids_PT)
-    own_AV = model.forward(
-        ids_PT[[cell.prompt for cell in cells]], [cell.interventions for cell in cells], own_attention=True
-    ).logits_BV
+    with _its_own_code(model):
+        full = _logits(Full(model, ids_PT), cells)
+        noise = _noise(model, ids_PT)
+        own_AV = model.forward(
+            ids_PT[[cell.prompt for cell in cells]], [cell.interventions for cell in cells], own_attention=True
+        ).logits_BV
     largest = float(own_AV.abs().max())
     fine = model.dtype in (torch.float32, torch.float64)
     if not noise <= largest * (1e-3 if fine else 0.3):
@@ -193,6 +197,20 @@ def measure_capability(model: HookedModel, n_tokens: int) -> Capability:
         together = not _try(model, ids_PT, cells, full, way, tolerance)[1]
         return Capability(way, together, "; ".join(reasons), noise, tolerance, disagreement, off, n_tokens)
     return Capability("full", True, "; ".join(reasons), noise, tolerance, disagreement, 0.0, n_tokens)
+
+
+@contextmanager
+def _its_own_code(model: HookedModel) -> Iterator[None]:
+    """Names the model when its own code cannot be run in the way that cutting edges asks for."""
+    try:
+        yield
+    except (NotFinite, NotFired, NoSuchPlace, UnsupportedAttention):
+        raise
+    except Exception as error:
+        if memory.is_out_of_memory(error):
+            raise
+        family = type(model.model).__name__
+        raise UnsupportedAttention(f"{model.name}: {family} fails when its attention is cut: {error}") from error
 
 
 def _trial(model: HookedModel, n_tokens: int) -> list[Cell]:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -229,17 +230,19 @@ def _block(layer: nn.Module, attention: nn.Module | None, trace: _Trace) -> Bloc
         return block
     parts = set(attention.modules())
     of_attention = [call for call in trace.leaves if call.module in parts]
+    # The last matrix: a norm may follow it inside the attention (BERT's), and is no place of heads.
+    projections = [call for call in of_attention if cast(Tensor, call.module.weight).dim() == 2]
     inside = [i for i, call in enumerate(trace.children) if attention in set(call.module.modules())]
-    if not of_attention or not inside:
+    if not projections or not inside:
         block.why = "its attention is not a part of its own in the layer"
         return block
-    if of_attention[-1].given.shape[:-1] == trace.given.shape[-3:-1]:  # experts may be handed tokens in another order
-        block.z = of_attention[-1].module
+    if projections[-1].given.shape[:-1] == trace.given.shape[-3:-1]:  # experts may be handed tokens in another order
+        block.z = projections[-1].module
     start = inside[0] + 1
     after_z = trace.leaves[trace.leaves.index(of_attention[-1]) + 1 :]
     # The outermost place that fits: a whole attention (or its post-norm) before the projection inside of it, which is
     # what remains where a family adds the residual stream inside its attention.
-    attns = [*_and_what_follows(trace.children, start - 1), of_attention[-1]]
+    attns = [*_and_what_follows(trace.children, start - 1), of_attention[-1], projections[-1]]
     # A dropout that serves attention and MLP alike is no place of either.
     mlps = [call for call in (*reversed(trace.children[start:]), *reversed(after_z)) if _called_once(call, trace)]
     for attn in attns:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from raymi.model.engine import Engine, measure_capability
 from raymi.model.hooked import Cell, HookedModel
@@ -131,6 +132,31 @@ def test_in_float64_only_rounding_is_left(family: str):
     ours_AV = model.forward(ids_PT.expand(len(knockouts), -1), interventions).logits_BV
     theirs_AV = torch.stack([oracles.by_edited_softmax(plain, ids_PT[0], k)[0] for k in knockouts])
     torch.testing.assert_close(ours_AV.double(), theirs_AV, atol=2e-6, rtol=1e-6)
+
+
+_ENCODER = {
+    **{"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4},
+    **{"max_position_embeddings": 64, "is_decoder": True, "embedding_size": 32, "input_embedding_size": 16},
+}
+
+
+@pytest.mark.parametrize("family", ["bert", "rembert", "roformer"])
+def test_encoders_made_into_decoders(family: str):
+    """Their attention ends with a norm; two of them do not dispatch, so that empty lines are zeroed by a hook."""
+
+    def made() -> PreTrainedModel:
+        torch.manual_seed(0)
+        config = CONFIG_MAPPING[family](**_ENCODER)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 2:
+                    parameter.normal_(0, 0.25)
+        return model
+
+    hooked = HookedModel(made(), family)
+    capability = measure_capability(hooked, PROMPT)
+    check(Engine(hooked, capability, capability.way), made(), prompt(rows=2), cases(4, 4, PROMPT - 1), 0.6)
 
 
 # Family -> a layer with a window (or chunk), and a key just inside and one just outside of it.

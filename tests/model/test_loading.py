@@ -127,7 +127,9 @@ def test_pickles_are_refused_unless_asked_for(snapshot: Path):
 
 
 def test_even_then_a_pickle_runs_no_code(snapshot: Path):
-    (snapshot / "pytorch_model.bin").write_bytes(pickle.dumps({"model.norm.weight": Mine(snapshot / "ran")}, protocol=2))
+    (snapshot / "pytorch_model.bin").write_bytes(
+        pickle.dumps({"model.norm.weight": Mine(snapshot / "ran")}, protocol=2)
+    )
     weights(snapshot).unlink()
     with pytest.raises(BadWeights, match="org/mine"):
         load(snapshot, name="org/mine", allow_pickle=True, device="cpu")

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import XGLMConfig, XGLMForCausalLM
 from transformers.models.llama import modeling_llama
 
+from raymi.model.attention import UnsupportedAttention
 from raymi.model.engine import Engine, OutOfMemory, Way, WrongNumbers, measure_capability
 from raymi.model.hooked import Cell, HookedModel
 from raymi.model.interventions import Mask
@@ -153,3 +155,12 @@ def test_rows_that_know_of_each_other_are_found_out():
     )
     with pytest.raises(WrongNumbers, match="sociable: the rows of a batch change each other"):
         measure_capability(HookedModel(model, "sociable"), PROMPT)
+
+
+def test_a_family_whose_code_takes_no_mask_a_head_is_refused_by_name():
+    sizes = {"vocab_size": 97, "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4}
+    model = HookedModel(XGLMForCausalLM(XGLMConfig(**sizes, attn_implementation="eager")), "xglm-tiny")
+    with pytest.raises(
+        UnsupportedAttention, match="xglm-tiny: XGLMForCausalLM fails when its attention is cut: .*mask"
+    ):
+        measure_capability(model, PROMPT)

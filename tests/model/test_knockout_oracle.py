@@ -13,6 +13,7 @@ from raymi.model.engine import Engine, measure_capability
 from raymi.model.hooked import Cell, HookedModel
 from raymi.model.interventions import Mask
 from raymi.model.loading import Loaded
+from raymi.model.sites import NoSuchPlace
 from tests import oracles
 from tests.families import CONFIGS, PROMPT, REQUIRED, WINDOW, Build, build, prompt
 from tests.model.measuring import by_engine, in_one_batch
@@ -230,3 +231,38 @@ def test_the_reference_cell_on_smollm2(demo: Callable[[str], Loaded]):
     assert oracles.kl(clean_V, ablated_V) == pytest.approx(0.049847, abs=2e-6)
     assert float(clean_V[paris] - ablated_V[paris]) == pytest.approx(0.93340, abs=2e-5)
     assert oracles.probabilities(clean_V)[paris] == pytest.approx(0.77058, abs=1e-5)
+
+
+# ---- hybrids: attention beside states, convolutions and linear attention ---------------------------------------------
+
+HYBRIDS = {"qwen3_next": (1, 4), "jamba": (1, 4), "bamba": (1, 4), "recurrent_gemma": (2, 5), "falcon_h1": (0, 1, 2, 3)}
+"""Family -> its layers with attention."""
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_hybrids(family: str, hooked: Callable[[str], HookedModel], plain: Build):
+    layers, last = HYBRIDS[family], PROMPT - 1
+    knockouts = {
+        "one head": Knockout(layers[:1], (2,), ((last, last - 2),)),
+        "a query in the middle": Knockout(layers[:1], None, ((last - 2, last - 3), (last - 2, last - 2))),
+        "every layer": Knockout(layers, None, ((last, last - 1), (last - 1, last - 1))),
+        "no key left": Knockout(layers[-1:], (1,), tuple((last, key) for key in range(PROMPT))),
+    }
+    assert tuple(hooked(family).attention_layers) == layers
+    capability = measure_capability(hooked(family), PROMPT)
+    cells = [cell(0, knockout) for knockout in knockouts.values()]
+    found = [oracles.by_edited_softmax(plain(family), prompt()[0], k, layers) for k in knockouts.values()]
+    theirs = dict(zip(knockouts, (logits_V for logits_V, _ in found), strict=True))
+    clean = dict.fromkeys(knockouts, oracles.last_logits(plain(family), prompt()[0]))
+    for way in {capability.way, "full"}:
+        measured = by_engine(Engine(hooked(family), capability, way), prompt(), cells)
+        compare(dict(zip(knockouts, measured.ablated_AV, strict=True)), theirs, clean, 0.7)
+        assert measured.empty_A.tolist() == [n_empty for _, n_empty in found] == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "jamba", "bamba", "recurrent_gemma"])
+def test_a_layer_without_attention_is_refused_by_name(family: str, hooked: Callable[[str], HookedModel]):
+    with pytest.raises(NoSuchPlace, match=rf"{family}: layer 0 has no attention to cut; \[.*\] have"):
+        hooked(family).forward(prompt(), [[Mask(0, None, ((3, 2),))]])
+    with pytest.raises(NoSuchPlace, match=f"{family} has no attn.hook_pattern: its layer 0 has no attention"):
+        hooked(family).forward(prompt(), capture=["blocks.0.attn.hook_pattern"])

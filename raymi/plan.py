@@ -324,8 +324,9 @@ def estimate(
             widest = max(widest, min(n_rows, most) * row_bytes(shape, computed, attended))
     longest = max((len(prompt.token_ids) for prompt in prompts.values()), default=1)
     kept = 0 if full else n_layers * longest * size * (hidden + 2 * _key_width(model))
-    logits = min(UNEMBEDDED, max((unit.n_ablations for unit in units), default=0) * vocabulary) * 4
-    work = kept + max(widest, row_bytes(shape, longest, longest)) + 2 * logits + 6 * 4 * METRIC_SLICE["cpu" if rates.device == "cpu" else "gpu"]
+    processor = "cpu" if rates.device == "cpu" else "gpu"
+    logits = min(UNEMBEDDED[processor], max((unit.n_ablations for unit in units), default=0) * vocabulary) * 4
+    work = kept + max(widest, row_bytes(shape, longest, longest)) + 2 * logits + 6 * 4 * METRIC_SLICE[processor]
     # While it loads, a process on the CPU also holds the file that the weights are converted from.
     source = model.size_on_disk if rates.device == "cpu" else 0
     seconds = (

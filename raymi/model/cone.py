@@ -106,7 +106,7 @@ class Cone:
         hidden_BD, returned, fired_B, empty_B = self._sweep(rows, start)
         proof_V = self._unembed(hidden_BD[:1], returned)[0]
         clean_error = self._prove(proof_V, rows[0].prompt)
-        step = max(1, UNEMBEDDED // self.model.vocab_size)
+        step = max(1, UNEMBEDDED["cpu" if self.model.device.type == "cpu" else "gpu"] // self.model.vocab_size)
         for at in range(0, len(rows), step):
             part = rows[at : at + step]
             taken = slice(1 + at, 1 + at + len(part))

@@ -84,6 +84,7 @@ def load(
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+    memory.keep_what_is_freed()
     where = pick_device(device)
     before, started = memory.snapshot(where), time.perf_counter()
     raw = _read(path, name or path.name, DTYPES[dtype], trust_remote_code, allow_pickle)

@@ -1,5 +1,6 @@
 """Memory in use and memory left, in bytes, of this process and of the device it computes on."""
 
+import ctypes
 import os
 import resource
 import sys
@@ -66,6 +67,21 @@ def _status(field: str) -> int | None:
 
 
 _OUT_OF_MEMORY = ("can't allocate memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def keep_what_is_freed() -> None:
+    """Let this process keep up to 1 GiB of freed memory for its next tensors.
+
+    glibc gives large blocks back to the system as soon as they are freed, and the next tensor of that size then costs
+    a page fault for every 4 kB: half of the time of attention over a prompt of a thousand tokens.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(mmap_threshold, 32 * 2**20)  # the largest that glibc takes
+        mallopt(trim_threshold, 2**30)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

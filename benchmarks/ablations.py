@@ -15,12 +15,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from benchmarks.arithmetic import Arithmetic, matmul_rate, synchronize, timed
 from benchmarks.cases import SHAPES, Case, Part, cases, load_demo, make_shape, twin
 from benchmarks.peers import PEERS, Peer
 from benchmarks.report import append_markdown, print_report, setting
-from benchmarks.results import FULL, Measured, PeerResult
+from benchmarks.results import FULL, FULL_EACH, Measured, PeerResult
 from raymi.model.cone import Cone
 from raymi.model.engine import Engine, measure_capability
 from raymi.model.full import Batch
@@ -71,6 +72,7 @@ class Contest:
                 missing[name] = str(error)
         hooked = HookedModel(model, "the benchmark's model")
         capability = measure_capability(hooked, 12)
+        peers[FULL_EACH] = lambda ids_1T, cuts: hooked.forward(ids_1T, [cuts]).logits_BV[0]
         return cls(Engine(hooked, capability, capability.way), peers, missing, budget)
 
     def __post_init__(self) -> None:
@@ -303,6 +305,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision("highest")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     device, dtype = str(pick_device(options.device)), DTYPES[options.dtype]
     name, model, stream = make_shape(options.shape, dtype, device) if options.shape else load_demo(dtype, device)
     contest = Contest.of(model, QUICK if options.quick else THOROUGH)

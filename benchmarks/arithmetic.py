@@ -73,3 +73,12 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, times: int = 10) -> fl
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     out = a @ b
     return 2 * n**3 / min(timed(device, lambda: torch.mm(a, b, out=out)) for _ in range(times))
+
+
+def onednn_rate(times: int = 10) -> float:
+    """The same on a CPU in float32 by oneDNN, where torch asks MKL, which does not use all of every processor."""
+    n = 1024
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    product = torch.ops.mkldnn._linear_pointwise
+    cpu = torch.device("cpu")
+    return 2 * n**3 / min(timed(cpu, lambda: product(a, b, None, "none", [], "")) for _ in range(times))

@@ -12,11 +12,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.results import FULL, Measured, aims
+from benchmarks.arithmetic import onednn_rate
+from benchmarks.results import FULL, FULL_EACH, Measured, aims
 from raymi.model.hooked import HookedModel
 
 PACKAGES = ("raymi", "torch", "transformers", "transformer-lens", "nnsight")
-ORDER = (FULL, "plain loop", "TransformerLens", "nnsight")
+ORDER = (FULL, FULL_EACH, "plain loop", "TransformerLens", "nnsight")
 
 
 def setting(name: str, model: HookedModel, way: str, missing: Mapping[str, str], *, quick: bool) -> list[str]:
@@ -31,6 +32,8 @@ def setting(name: str, model: HookedModel, way: str, missing: Mapping[str, str],
         f"load {os.getloadavg()[0]:.1f} before",
         f"versions: Python {platform.python_version()}, {', '.join(_versions())}",
     ]
+    if model.device.type == "cpu" and model.dtype == torch.float32:
+        lines.append(f"beside torch's matrix product, oneDNN's: {onednn_rate() / 1e9:,.0f} GFLOP/s")
     return lines + [f"left out: {peer} ({why})" for peer, why in missing.items()]
 
 
@@ -106,7 +109,8 @@ NOTES = """\
 ms: milliseconds per ablation, without the clean run of the prompt, which everyone needs; raymi's are medians of rounds
 over all ablations of a case, a peer's the median of as many as stand in brackets, spread over the case. MFLOP: what an
 ablation needs, matrix products only (layers from its own on, positions from its query on, one unembedding; a clean row
-a sweep). Off by: largest difference in logits from the plain loop.\
+a sweep). Of matmul: that, over the time, over the rate of a square matrix product by torch right before or right after
+(the better one), which stand beside it in GFLOP/s. Off by: largest difference in logits from the plain loop.\
 """
 
 

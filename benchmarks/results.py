@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-FULL = "raymi, full forwards"
+FULL_EACH, FULL = "raymi, a full forward each", "raymi, full forwards in batches"
 
 
 class PeerResult(NamedTuple):
@@ -63,7 +63,8 @@ class Aim(NamedTuple):
 
 SHARES = {"heads-5": 0.6, "heads-128": 0.8, "heads-1000": 0.6}
 RATIOS = {
-    FULL: {"heads-5": 40, "heads-128": 200, "heads-1000": 800},
+    # In batches a full forward of 5 tokens costs seven times the arithmetic of the cone, and no more.
+    FULL_EACH: {"heads-5": 40, "heads-128": 200, "heads-1000": 800},
     "TransformerLens": {"heads-5": 100, "heads-128": 300, "heads-1000": 1500},
     "plain loop": {"prompts": 10},
 }

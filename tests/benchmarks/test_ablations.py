@@ -10,7 +10,7 @@ from benchmarks.ablations import main
 from benchmarks.arithmetic import Arithmetic
 from benchmarks.cases import Part, cases, make_shape, twin
 from benchmarks.peers import PEERS
-from benchmarks.results import FULL, Measured, PeerResult, aims
+from benchmarks.results import FULL_EACH, Measured, PeerResult, aims
 from raymi.model.engine import Engine, measure_capability
 from raymi.model.hooked import HookedModel
 
@@ -89,7 +89,7 @@ def test_aims_say_what_is_met():
         flops=70.0,
         matmul_rates=(90.0, 100.0),
         peak_bytes=0,
-        peers={FULL: PeerResult(50.0, 1, None)},
+        peers={FULL_EACH: PeerResult(50.0, 1, None)},
         difference=1e-5,
         effect=1.0,
     )
@@ -97,7 +97,7 @@ def test_aims_say_what_is_met():
     for worse in (
         replace(fine, flops=50.0),
         replace(fine, seconds_with_metrics=1.3),
-        replace(fine, peers={FULL: PeerResult(30.0, 1, None)}),
+        replace(fine, peers={FULL_EACH: PeerResult(30.0, 1, None)}),
         replace(fine, difference=1e-3),
     ):
         assert [aim.met for aim in aims([worse], "float32")].count(False) == 1

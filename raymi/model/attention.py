@@ -221,7 +221,7 @@ def _scores(query_KBQD: Tensor, key_KBSD: Tensor, prefix: tuple[Tensor, Tensor] 
         scores[..., :length] = query_KBQD @ before_KPSD.transpose(2, 3)
     else:  # one prefix for all rows, as in Hydragen (arXiv 2402.05099): one matrix product instead of one a row
         before_KDS = before_KPSD[:, 0].transpose(1, 2)
-        scores[..., :length] = torch.bmm(query_KBQD.flatten(1, 2), before_KDS).unflatten(1, query_KBQD.shape[1:3])
+        torch.bmm(query_KBQD.flatten(1, 2), before_KDS, out=scores.flatten(1, 2)[..., :length])
     return scores
 
 
@@ -275,7 +275,12 @@ def _pattern(tap: Tap, layer: int, scores_KBGQS: Tensor, sinks_H: Tensor | None)
         sink = sinks_H.view(scores_KBGQS.shape[0], 1, group, 1, 1).to(scores_KBGQS.dtype)
         with_sink = torch.cat([scores_KBGQS, sink.expand(*scores_KBGQS.shape[:4], 1)], -1)
         return torch.softmax(with_sink, -1, dtype=torch.float32)[..., :-1]
-    pattern_KBGQS = torch.softmax(scores_KBGQS, -1, dtype=torch.float32)
+    in_place = scores_KBGQS.device.type == "cpu" and scores_KBGQS.dtype in (torch.float32, torch.float64)
+    if in_place and (layer, "attn_scores") not in tap.captures:
+        # In place: at a thousand tokens the scores are the largest tensor there is, and memory the bottleneck.
+        pattern_KBGQS = torch.softmax(scores_KBGQS, -1, out=scores_KBGQS)
+    else:
+        pattern_KBGQS = torch.softmax(scores_KBGQS, -1, dtype=torch.float32)
     if cut is not None and dead_N is not None:
         row, head, query = cut.line_3N[:, dead_N]
         pattern_KBGQS[head // group, row, head % group, query] = 0.0

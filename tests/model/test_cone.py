@@ -260,7 +260,7 @@ def test_slices_of_logits_give_the_same(
 ):
     request = Request(prompt(rows=prompts), [Cell(of.prompt % prompts, of.interventions) for of in STEPS], 0)
     at_once = measure(engine(family), request)
-    monkeypatch.setattr(cone, "UNEMBEDDED", 3 * families.VOCABULARY + 1)
+    monkeypatch.setattr(cone, "UNEMBEDDED", {"cpu": 3 * families.VOCABULARY + 1})
     batches = list(engine(family).ablations(request.ids_PT, request.cells))
     assert {len(batch.cells) for batch in batches} <= {1, 2, 3}
     assert all(len(batch.ablated_AV) == len(batch.cells) == len(batch.fired_A) for batch in batches)
@@ -274,7 +274,7 @@ def test_memory_that_runs_out_between_two_slices_loses_nothing(
     """What was handed out before is not measured again, what was not is."""
     request, its = Request(prompt(), [Cell(0, of.interventions) for of in STEPS], 0), engine()
     plenty = measure(its, request)
-    monkeypatch.setattr(cone, "UNEMBEDDED", 4 * families.VOCABULARY)
+    monkeypatch.setattr(cone, "UNEMBEDDED", {"cpu": 4 * families.VOCABULARY})
     unembed, calls = cone.Cone._unembed, list[int]()
 
     def scarce(self: cone.Cone, hidden_AD: Any, returned: Any) -> Any:

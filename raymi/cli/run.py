@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="The cache, in place of the one HF_HOME names.")
 @click.option("--address", metavar="ADDRESS", help="Ray cluster to join: auto or host:port. [default: starts its own]")
 @click.option("--device", help="auto, cpu, cuda or mps, in place of the job's.")
-@click.option("--engine", type=click.Choice(["auto", "full"]), help="full: one full forward an ablation, nothing reused.")
+@click.option(
+    "--engine", type=click.Choice(["auto", "full"]), help="full: one full forward an ablation, nothing reused."
+)
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Replaces a field of the job. Repeatable.")
 @click.option("--new", is_flag=True, help="Start another run of the same job.")
 @click.option("--download", is_flag=True, help="Fetch models that the job names and the cache lacks.")

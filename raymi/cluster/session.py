@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,10 @@ from raymi.errors import UserError
 
 OBJECT_STORE_BYTES = 200 * 2**20
 """Only rows pass through it, a few at a time."""
+KNOCK_SECONDS = 10.0
 _SOCKET_PATH = len("/ray/session_2026-11-22_11-51-11_584486_1234567/sockets/plasma_store")
-_LONGEST_SOCKET_PATH = 107
+_LONGESTKNOCK_SECONDS = 10.0
+_SOCKET_PATH = 107
 _TOKEN_FILE = Path("~/.ray/auth_token")
 
 
@@ -33,6 +36,8 @@ def session(address: str | None = None) -> Iterator[None]:
             hint="Run raymi on the cluster: `ray job submit --address http://HEAD:8265 -- raymi run JOB.yaml "
             "--address auto`, or `ray attach cluster.yaml` and raymi run there.",
         )
+    if address and address != "auto":
+        _knock(address)
     _environment(joins=address is not None)
     import ray  # reads its environment when it is imported
     from ray.exceptions import AuthenticationError
@@ -62,6 +67,22 @@ def session(address: str | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """That somebody listens at `host:port`: Ray itself would try for many minutes, and not say so."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(
+            f"{address!r} is no address of a Ray cluster", hint="Allowed: auto or host:port, as in 10.0.0.5:6379."
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"no Ray cluster can be joined at {address}: {error.strerror or error}",
+            hint="`ray status --address ADDRESS` asks it. Without --address raymi starts Ray on this machine.",
+        ) from error
 
 
 def cores() -> int:

@@ -62,6 +62,15 @@ def test_cores_are_those_of_this_process():
     assert session.cores() == len(os.sched_getaffinity(0))
 
 
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [("127.0.0.1:9", "refused"), ("nowhere", "host:port"), ("head:x", "host:port"), ("local", "auto")],
+)
+def test_an_address_that_nobody_listens_at_is_said_at_once(address, says):
+    with pytest.raises(UserError, match=says), session.session(address):
+        pass
+
+
 @pytest.mark.parametrize("address", ["ray://head:10001", "ray://127.0.0.1:10001"])
 def test_a_client_address_is_refused(address):
     with pytest.raises(UserError, match="ray job submit"), session.session(address):

@@ -161,6 +161,6 @@ def test_a_family_whose_code_takes_no_mask_a_head_is_refused_by_name():
     sizes = {"vocab_size": 97, "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4}
     model = HookedModel(XGLMForCausalLM(XGLMConfig(**sizes, attn_implementation="eager")), "xglm-tiny")
     with pytest.raises(
-        UnsupportedAttention, match="xglm-tiny: XGLMForCausalLM fails when its attention is cut: .*mask"
+        UnsupportedAttention, match=r"xglm-tiny: XGLMForCausalLM fails when its attention is cut: .*mask"
     ):
         measure_capability(model, PROMPT)

@@ -17,9 +17,12 @@ from raymi.sae.description import Description
 
 ROWS = 1024
 """Rows that are encoded at a time."""
-FEATURES = 16_384
-"""Features that are encoded at a time. With ROWS: at most 64 MiB of float32, where the dense activations of 4,096
-tokens in a 1M-wide autoencoder are 16 GiB. Results do not depend on how many of them turn out active."""
+FEATURES = 8192
+"""Features that are encoded at a time.
+
+With these, `encode_sparse` of 1,024 rows by a 1M-wide autoencoder peaks 48 MiB above its weights, where the dense
+activations are 4,096 MiB.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,25 @@ class _Input:
     """What is then added to them, [N, 1]."""
 
 
+class _Workspace:
+    """Where a block of activations is computed, one after the other, for a whole call.
+
+    Blocks of their own would each be cut into by the few numbers that are kept of them, so that the heap grows by one
+    block a block.
+    """
+
+    def __init__(self, rows: Tensor, d_sae: int) -> None:
+        size = min(len(rows), ROWS) * min(d_sae, FEATURES)
+        self._numbers = rows.new_empty(size)
+        self._mask = torch.empty(size, dtype=torch.bool, device=rows.device)
+
+    def numbers(self, rows: int, features: int) -> Tensor:
+        return self._numbers[: rows * features].view(rows, features)
+
+    def mask(self, rows: int, features: int) -> Tensor:
+        return self._mask[: rows * features].view(rows, features)
+
+
 class SAE:
     """A sparse autoencoder or transcoder.
 
@@ -116,13 +138,14 @@ class SAE:
         """
         given, lead = self._rows(x)
         out = given.rows.new_zeros(len(given.rows), self.about.d_sae)
+        work = _Workspace(given.rows, self.about.d_sae)
         for begin in range(0, len(out), ROWS):
             rows, filled = given.rows[begin : begin + ROWS], out[begin : begin + ROWS]
             if self.about.k is not None:
-                values, indices = self._largest(rows, self.about.k)
+                values, indices = self._largest(rows, self.about.k, work)
                 filled.scatter_(1, indices, values)
             else:
-                for first, activations in self._blocks(rows):
+                for first, activations in self._blocks(rows, work):
                     filled[:, first : first + activations.shape[1]] = activations
         return out.reshape(*lead, self.about.d_sae)
 
@@ -134,7 +157,9 @@ class SAE:
             x: [..., D].
         """
         given, lead = self._rows(x)
-        parts = [self._active(given.rows[begin : begin + ROWS], begin) for begin in range(0, len(given.rows), ROWS)]
+        work = _Workspace(given.rows, self.about.d_sae)
+        blocks = range(0, len(given.rows), ROWS)
+        parts = [self._active(given.rows[begin : begin + ROWS], begin, work) for begin in blocks]
         rows, indices, values = (torch.cat(part) for part in zip(*parts, strict=True)) if parts else self._nothing()
         # Features come in ascending order within a row, and both sorts keep the order of equals.
         order = values.argsort(descending=True, stable=True)
@@ -286,39 +311,44 @@ class SAE:
         # Decoding is affine, so what clamping changes is the change decoded, without the biases.
         return base + (change @ self._weight("W_dec")[features] * self._way_back(x).scale).reshape(base.shape)
 
-    def _blocks(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Activations of consecutive blocks of features (of all of them that could be among the k largest)."""
-        for first in range(0, self.about.d_sae, FEATURES):
-            yield first, self._activate(rows, slice(first, first + FEATURES))
+    def _blocks(self, rows: Tensor, work: _Workspace) -> Iterator[tuple[int, Tensor]]:
+        """Activations of consecutive blocks of features, before the selection of the k largest.
 
-    def _activate(self, rows: Tensor, features: slice | Tensor) -> Tensor:
-        """Activations of some features, [N, M]; before the selection of the k largest.
+        Each is only there until the next is asked for.
+        """
+        for first in range(0, self.about.d_sae, FEATURES):
+            yield first, self._activate(rows, slice(first, first + FEATURES), work)
+
+    def _activate(self, rows: Tensor, features: slice | Tensor, work: _Workspace | None = None) -> Tensor:
+        """Activations of some features, [N, M], in the workspace if there is one.
 
         SAELens, sparsify, dictionary_learning and Gemma Scope agree here, at negative thresholds too: a feature is
         never negative, and one exactly at its threshold is off.
         """
         encoder = self._weight("W_enc")[:, features]
+        numbers = work.numbers(len(rows), encoder.shape[1]) if work else None
+        mask = work.mask(len(rows), encoder.shape[1]) if work else None
         if self.about.activation == "gated":
-            shared = rows @ encoder
-            gate = (shared + self._weight("b_gate")[features]) > 0
-            magnitude = shared * self._weight("r_mag")[features].exp() + self._weight("b_mag")[features]
-            return magnitude.relu_() * gate
-        before = torch.addmm(self._weight("b_enc")[features], rows, encoder)
+            shared = torch.mm(rows, encoder, out=numbers)
+            off = torch.le(shared, -self._weight("b_gate")[features], out=mask)
+            magnitude = shared.mul_(self._weight("r_mag")[features].exp()).add_(self._weight("b_mag")[features])
+            return magnitude.relu_().masked_fill_(off, 0.0)
+        before = torch.addmm(self._weight("b_enc")[features], rows, encoder, out=numbers)
         if self.about.rescale_by_decoder_norm:
-            before *= self._decoder_norms[features]
+            before.mul_(self._decoder_norms[features])
         if self.about.activation == "jumprelu":
-            above = before > self._weight("threshold")[features]
-            return before.relu_() * above
+            off = torch.le(before, self._weight("threshold")[features], out=mask)
+            return before.relu_().masked_fill_(off, 0.0)
         return before.relu_()
 
-    def _active(self, rows: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _active(self, rows: Tensor, offset: int, work: _Workspace) -> tuple[Tensor, Tensor, Tensor]:
         """Row, feature and value of what is active, by row and feature within each block of features."""
         if self.about.k is not None:
-            values, indices = self._largest(rows, self.about.k)
+            values, indices = self._largest(rows, self.about.k, work)
             indices, by_index = indices.sort(dim=1)
             blocks = [(indices, values.gather(1, by_index))]
         else:
-            blocks = self._blocks(rows)
+            blocks = self._blocks(rows, work)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for first, activations in blocks:
             row, column = activations.nonzero(as_tuple=True)  # keeps a NaN, which is an error and never a zero
@@ -327,10 +357,10 @@ class SAE:
         row, index, value = (torch.cat(part) for part in zip(*parts, strict=True))
         return row, index, value
 
-    def _largest(self, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _largest(self, rows: Tensor, k: int, work: _Workspace) -> tuple[Tensor, Tensor]:
         """The k largest activations of every row and their features, each [N, k], merged from blocks of features."""
         values, indices = rows.new_zeros(len(rows), 0), torch.zeros(len(rows), 0, dtype=torch.int64, device=rows.device)
-        for first, activations in self._blocks(rows):
+        for first, activations in self._blocks(rows, work):
             more, where = top_k(activations, min(k, activations.shape[1]))
             # Those found before have lower indices and stand first, so that they win ties.
             values, order = torch.cat([values, more], 1).sort(dim=1, descending=True, stable=True)
@@ -436,10 +466,10 @@ def top_k(activations: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Returns:
         Values and indices, each [N, k].
     """
-    values, indices = activations.topk(k, dim=1)
-    last = values[:, -1:]
-    left_out = (activations == last).sum(1) > (values == last).sum(1)
-    unsure = (left_out & (last[:, 0] > 0)).nonzero()[:, 0]
+    values, indices = activations.topk(min(k + 1, activations.shape[1]), dim=1)
+    last, next_ = values[:, k - 1], values[:, -1]
+    values, indices = values[:, :k], indices[:, :k]
+    unsure = ((last == next_) & (last > 0)).nonzero()[:, 0] if k < activations.shape[1] else []
     if len(unsure):
         ordered = activations[unsure].sort(dim=1, descending=True, stable=True)
         values[unsure], indices[unsure] = ordered.values[:, :k], ordered.indices[:, :k]

@@ -15,8 +15,7 @@ OBJECT_STORE_BYTES = 200 * 2**20
 """Only rows pass through it, a few at a time."""
 KNOCK_SECONDS = 10.0
 _SOCKET_PATH = len("/ray/session_2026-11-22_11-51-11_584486_1234567/sockets/plasma_store")
-_LONGESTKNOCK_SECONDS = 10.0
-_SOCKET_PATH = 107
+_LONGEST_SOCKET_PATH = 107
 _TOKEN_FILE = Path("~/.ray/auth_token")
 
 

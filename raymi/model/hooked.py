@@ -179,7 +179,7 @@ class HookedModel:
             with ExitStack() as stack:
                 cache = self._watch(sites, ids_BT.shape, stack)
                 logits_BV = self.run(ids_BT)
-                if not bool(logits_BV.isfinite().all()):
+                if not bool(logits_BV.sum(-1).isfinite().all()):
                     raise NotFinite(self._blame(ids_BT))
             for (layer, name), value in self.tap.captures.items():
                 if value is not None:

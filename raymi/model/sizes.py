@@ -15,7 +15,7 @@ class Shape:
     """Bytes of one number of the dtype that is computed in."""
 
 
-UNEMBEDDED = {"cpu": 1 << 22, "gpu": 1 << 24}
+UNEMBEDDED = {"cpu": 1 << 23, "gpu": 1 << 24}
 """Logits made at a time; metrics are computed on them before the next ones are."""
 
 METRIC_SLICE = {"cpu": 1 << 19, "gpu": 1 << 24}

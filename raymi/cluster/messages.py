@@ -129,7 +129,7 @@ Phase = Literal["waiting", "tokenising", "loading", "running", "done", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Tables to store: of a unit at its first delivery, or of a model at its first load (`unit` None)."""
+    """Tables to store: of a unit at its first delivery, or of a load (`unit` None)."""
 
     model: str
     unit: Unit | None

@@ -8,6 +8,7 @@ from typing import Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from raymi.cluster.messages import Phase, Status
@@ -78,8 +79,8 @@ class Bars:
         self._tasks: dict[str, TaskID] = {}
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=30),
-            _Words(),
+            BarColumn(bar_width=16),
+            _Words(table_column=Column(no_wrap=True)),
             console=console,
             refresh_per_second=4,
         )
@@ -97,7 +98,7 @@ class Bars:
                 self._tasks[key],
                 total=total or (None if status.phase not in ("done", "failed") else 1),
                 completed=before + status.ablations_done,
-                words=_words(status, before),
+                words=_short(status, before),
             )
 
     def __enter__(self) -> Self:
@@ -109,10 +110,19 @@ class Bars:
 
 
 class _Words(ProgressColumn):
-    """What a plain line would say."""
+    """The end of a line."""
 
     def render(self, task: Task) -> Text:
         return Text(task.fields.get("words", ""))
+
+
+def _short(status: Status, before: int) -> str:
+    """What fits behind a model's name and its bar in 80 characters."""
+    words: str = status.phase
+    if status.phase == "running" and status.seconds_left is not None:
+        words = f"{duration(status.seconds_left)} left"
+    count = "" if status.units is None else f"{before + status.ablations_done:,}/{before + status.ablations:,} "
+    return f"{count}{words}" + (f", {status.failed:,} failed" if status.failed else "")
 
 
 def _words(status: Status, before: int) -> str:

@@ -116,8 +116,6 @@ class _Model:
     ablations: int = 0
     ablations_done: int = 0
     final: Literal["done", "failed"] | None = None
-    told: bool = False
-    """Whether the tables of its load are stored."""
     not_before: float = 0.0
     strikes: int = 0
     loading_strikes: int = 0
@@ -261,9 +259,7 @@ class Scheduler:
         model.loading_strikes = 0
         model.start_seconds = self._clock() - replica.since
         self._note(model, "loaded", replica, f"{model.start_seconds:.1f} s")
-        if not model.told:
-            model.told = True
-            self._outbox.append(Rows(model.key, None, tables))
+        self._outbox.append(Rows(model.key, None, tables))
         self._lease(replica)
 
     def _on_broken(self, replica: _Replica, failure: Failed) -> None:

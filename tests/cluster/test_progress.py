@@ -52,8 +52,9 @@ def test_bars_are_one_a_model_and_what_is_said_stands_above_them():
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "a: [red] herring" in text
     last = text.split("\x1b[2K")[-1] + text
-    assert "300 of 300 ablations, done" in last
+    assert "300/300 done" in last
     assert "failed" in last
+    assert all(len(line) < 80 for line in last.splitlines() if "\x1b" not in line)
 
 
 @pytest.mark.parametrize(

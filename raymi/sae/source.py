@@ -34,8 +34,9 @@ class Source:
     @property
     def root(self) -> Path:
         """The repository's snapshot; for a local folder, its parent."""
-        return self.folder.parent if self.repo is None else self.folder.parents[len(self.path.split("/")) - 1] \
-            if self.path else self.folder  # fmt: skip
+        if self.repo is None:
+            return self.folder.parent
+        return self.folder.parents[self.path.count("/")] if self.path else self.folder
 
     def has(self, name: str) -> bool:
         return (self.folder / name).is_file()

@@ -10,6 +10,7 @@ from torch import Tensor
 from raymi.sae import autoencoder
 from raymi.sae.autoencoder import SAE, top_k
 from raymi.sae.description import Activation
+from raymi.sae.evaluate import reconstruction
 from tests.sae.making import D, F, sae
 
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
@@ -205,3 +206,24 @@ def test_computing_in_halves(activation: Activation, dtype: torch.dtype) -> None
     assert torch.equal(half.encode_sparse(x).dense(), half.encode(x))
     if activation in ("relu", "gated"):  # the others jump where rounding crosses a threshold
         torch.testing.assert_close(half.reconstruct(x).float(), made.reconstruct(x), rtol=0.1, atol=0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("coarse", [False, True])
+def test_a_gpu_computes_the_same(activation: Activation, coarse: bool) -> None:
+    """Coarse weights tie, which a GPU's own topk would settle otherwise."""
+    made = sae(activation, coarse=coarse, apply_b_dec_to_input=True)
+    gpu = SAE(made.about, made._stored, device=torch.device("cuda"))
+    x = torch.randint(-1, 2, (9, D)).float() if coarse else torch.randn(9, D)
+    sparse, there = made.encode_sparse(x), gpu.encode_sparse(x)
+    assert torch.equal(there.indices.cpu(), sparse.indices)
+    assert torch.equal(there.offsets.cpu(), sparse.offsets)
+    torch.testing.assert_close(gpu.encode(x).cpu(), made.encode(x))
+    torch.testing.assert_close(gpu.reconstruct(x).cpu(), made.reconstruct(x))
+    torch.testing.assert_close(gpu.splice(x, clamp={1: 2.0}).cpu(), made.splice(x, clamp={1: 2.0}))
+    torch.testing.assert_close(gpu.decoder_vectors([3, 4]).cpu(), made.decoder_vectors([3, 4]))
+    sums, expected = (reconstruction(x, m.reconstruct(x), m.encode_sparse(x)) for m in (gpu, made))
+    assert torch.equal(sums.fired, expected.fired)
+    assert sums.sum_residual2 == pytest.approx(expected.sum_residual2, rel=1e-4)

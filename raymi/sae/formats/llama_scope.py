@@ -1,7 +1,8 @@
 """Llama Scope: `hyperparams.json` beside `checkpoints/final.safetensors`, with one threshold for all features.
 
 Inputs and outputs are scaled by the average norms of the dataset. The published threshold is in the units of unscaled
-activations, so it is scaled too; a transcoder's output has a norm, and so a factor, of its own.
+activations, so it is scaled too; a transcoder's output has a norm, and so a factor, of its own. As in SAELens, features
+are compared with it without the lengths of their decoder rows, whatever `sparsity_include_decoder_norm` says.
 """
 
 from pathlib import Path

@@ -1,11 +1,13 @@
 """The causal cone equals full forwards of an untouched model, whatever is changed, wherever, and however many at once.
 
-float32 to 20 times the noise that the shape of a batch makes (and never beyond 5e-4), float64 to 1e-10.
+float32 to the tolerance that follows from measured noise (`Capability.tolerance`) and never beyond 5e-4, float64 to
+1e-10.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from random import Random
 from typing import Any
 
 import hypothesis
@@ -19,6 +21,7 @@ from raymi.model.engine import Capability, Engine, measure_capability
 from raymi.model.hooked import Cell, HookedModel, NotFinite, NotFired
 from raymi.model.interventions import Edit, Mask, add, mean, scale, zero
 from raymi.model.interventions import replace as patch
+from raymi.model.loading import Loaded
 from tests import families, oracles
 from tests.families import CONFIGS, ODD, PROMPT, WINDOW, Build, build, prompt
 from tests.model import cells as drawn
@@ -370,3 +373,34 @@ def test_a_sweep_leaves_no_trace(engine: Callable[..., Engine]):
     assert layer.__dict__["forward"] is own
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in its.model.model.modules()] == hooks
     assert its.model.tap.prefix is its.model.tap.keep is None
+
+
+# ---- real weights ----------------------------------------------------------------------------------------------------
+
+SMOLLM2 = "SmolLM2-135M-Instruct-Q4_1"
+
+
+@pytest.mark.parametrize("n_tokens", [5, 60])
+def test_smollm2(n_tokens: int, demo: Callable[[str], Loaded], plain_demo: Build):
+    """Random cells of all layers, heads and positions, windows of ten layers too, against edited masks."""
+    its, plain = demo(SMOLLM2).engine, plain_demo(SMOLLM2)
+    assert its.way == "cone"
+    random, last = Random(n_tokens), n_tokens - 1
+    ids_PT = torch.randint(100, its.model.vocab_size, (2, n_tokens), generator=torch.Generator().manual_seed(n_tokens))
+    cut: list[tuple[int, oracles.Knockout]] = []
+    for i in range(10):
+        begin, width = random.randrange(its.model.n_layers), random.choice([1, 1, 10])
+        layers = tuple(range(begin, min(begin + width, its.model.n_layers)))
+        heads = random.choice([None, tuple(random.sample(range(its.model.n_heads), 2))])
+        queries = [last, *random.sample(range(1, last), random.randrange(2))]
+        edges = {(q, random.choice([0, random.randrange(q)])) for q in queries}
+        cut.append((i % 2, oracles.Knockout(layers, heads, tuple(sorted(edges)))))
+    cells = [Cell(p, tuple(Mask(layer, k.heads, k.edges) for layer in k.layers)) for p, k in cut]
+    ours = measure(its, Request(ids_PT, cells, 0))
+    clean = [oracles.last_logits(plain, ids_T) for ids_T in ids_PT]
+    effects: list[float] = []
+    for row_V, (p, knockout) in zip(ours.ablated_AV, cut, strict=True):
+        theirs_V = oracles.by_edited_mask(plain, ids_PT[p], knockout)
+        assert float((row_V - theirs_V).abs().max()) <= WORST, knockout
+        effects.append(float((theirs_V - clean[p]).abs().max()))
+    assert sum(effect > 10 * WORST for effect in effects) >= 8, effects

@@ -131,7 +131,7 @@ def _words(status: Status, before: int) -> str:
         done, total = before + status.ablations_done, before + status.ablations
         parts = [f"{done:,} of {total:,} ablations", *([] if status.phase == "running" else parts)]
     if status.failed:
-        parts.append(f"{status.failed:,} units failed")
+        parts.append(f"{status.failed:,} unit{'' if status.failed == 1 else 's'} failed")
     if status.phase == "running" and status.seconds_left is not None:
         parts.append(f"{duration(status.seconds_left)} left")
     if status.replicas > 1:

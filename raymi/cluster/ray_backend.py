@@ -199,6 +199,6 @@ def _stream(alive: _Alive, stream: Any) -> Iterator[Event]:
 def _gist(error: RayError) -> str:
     """The telling lines of one of Ray's long messages: the last of a traceback, else the first."""
     lines = [line.rstrip() for line in scrub(str(error)).splitlines() if line.strip()]
-    if isinstance(error, RayTaskError):
+    if isinstance(error, RayTaskError) or getattr(error, "actor_init_failed", False):
         return lines[-1].strip()
     return " ".join(line for line in lines if not line[0].isspace())[:300]  # ids of actor, job and node are indented

@@ -149,9 +149,23 @@ def test_a_model_larger_than_the_machine_fails_by_name(nodes, tmp_path):
     assert "40000.0 GB" in result.failed_models()["huge"]
 
 
-def test_a_process_that_does_not_start_in_time_is_given_up(nodes, tmp_path, monkeypatch):
-    from raymi.cluster import ray_backend
-
-    monkeypatch.setattr(ray_backend, "READY_SECONDS", 0.0)
+def test_a_replica_that_ray_keeps_pending_is_given_up(nodes, tmp_path, monkeypatch):
+    monkeypatch.setattr("raymi.cluster.ray_backend.READY_SECONDS", 1.0)
+    monkeypatch.setattr(nodes[0], "cpus", 64)  # somebody else has them
     result = run(nodes, tmp_path, {"a": ["one"]})
     assert "did not start within" in result.failed_models()["a"]
+
+
+def test_a_replica_that_cannot_be_made_says_why(nodes, tmp_path):
+    class Unmakeable(FakeWorker):
+        def __init__(self, *_):
+            raise ImportError("no module named nothing")
+
+    models = {"a": model("a")}
+    backend = backend_of(nodes, models, tmp_path)
+    backend._make = lambda each: partial(Unmakeable, each, tmp_path)
+    scheduler = Scheduler(backend, time.monotonic, lambda id, _: [], {"a": 1.0})
+    outcomes = scheduler.step([])
+    while not scheduler.finished:
+        outcomes += scheduler.step(backend.poll(0.5))
+    assert "ImportError: no module named nothing" in Result(outcomes, 0).failed_models()["a"]

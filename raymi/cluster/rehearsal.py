@@ -37,6 +37,9 @@ def rehearse(order: Order, store: Store) -> Iterator[tuple[str, list[Unit] | Fai
     done = set(store.scan("ablations", order.run).select("unit_id").unique().collect()["unit_id"]) if earlier else set()
     stored = stored_prompts(store, order.run) if earlier else {}
     agenda = Agenda(manifest, done, stored, order.job, former, keys(choice))
+    for each in choice.rejected:
+        if each.named:
+            yield each.model_id, Failed(None, "Rejected", each.reason), None
     rates = measure()
     for key, model in agenda.models.items():
         rows = Worker(model, order.job, former, trust_remote_code=model.id in order.cache.remote_code).prepare()

@@ -332,8 +332,7 @@ class Scheduler:
         if loading and model.replicas:
             model.only_one = True
         elif model.loading_strikes >= LOADING_STRIKES or model.strikes >= STRIKES:
-            many = model.loading_strikes if loading else model.strikes
-            text = f"its process was lost {many} times in a row, at last: {loss.message}"
+            text = f"its process was lost {model.strikes} times in a row, at last: {loss.message}"
             self._fail_model(model, "replica", Failed(None, f"replica lost ({loss.kind})", text))
 
     # Units

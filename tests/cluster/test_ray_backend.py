@@ -150,9 +150,13 @@ def test_a_model_larger_than_the_machine_fails_by_name(nodes, tmp_path):
 
 
 def test_a_replica_that_ray_keeps_pending_is_given_up(nodes, tmp_path, monkeypatch):
+    import ray
+
     monkeypatch.setattr("raymi.cluster.ray_backend.READY_SECONDS", 1.0)
-    monkeypatch.setattr(nodes[0], "cpus", 64)  # somebody else has them
+    somebody = ray.remote(FakeWorker).options(num_cpus=2).remote(model("b"), tmp_path)
+    ray.get(somebody.drain.remote())
     result = run(nodes, tmp_path, {"a": ["one"]})
+    ray.kill(somebody)
     assert "did not start within" in result.failed_models()["a"]
 
 

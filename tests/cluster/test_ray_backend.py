@@ -119,7 +119,7 @@ def test_a_killed_process_is_noticed_at_once_and_its_units_are_done_elsewhere(no
             killed.append(pid)
             os.kill(pid, signal.SIGKILL)
 
-    work = {"a": names("a", 40, " slow")}
+    work = {"a": names("a", 20, " slow")}
     result = run(nodes, tmp_path, work, each=kill_after_three)
     assert killed
     assert sorted(result.done()) == sorted(work["a"])

@@ -29,6 +29,13 @@ def _number(value: object) -> object:
     raise problem(f"found {value!r}; allowed: a number of parameters, such as 500M or 1.5B", found=value)
 
 
+def _device(value: object) -> object:
+    if isinstance(value, str) and re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        return value
+    kinds = ("auto", "cpu", "mps", "cuda")
+    raise problem(f"found {value!r}; allowed: auto, cpu, mps, cuda or cuda:1{near(value, kinds)}", found=value)
+
+
 class Models(Fields):
     """Which of the cached models: ids (`org/name`), other revisions (`org/name@revision`), shell patterns (`org/*`)."""
 
@@ -50,7 +57,7 @@ class Job(Fields):
     """What its runs are called; a file's own name when it gives none."""
     models: Models = Models()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    device: Annotated[str, BeforeValidator(_device)] = "auto"
     prompts: Annotated[tuple[Prompt, ...], BeforeValidator(resolve), NotEmpty]
     bos: Bos = "auto"
     chat_template: bool = Field(default=False, strict=True)

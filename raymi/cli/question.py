@@ -94,7 +94,6 @@ _FIELDS = (
     (r"allowed: .*\{text: \.\.\.\}.*", f"allowed: {_POSITIONS}"),
     (r"'text:(.*?)', which prompt 'given' has not", r"'\1', which is not in the prompt"),
     (r"'subject', which prompt 'given' has not.*", f"'subject'; allowed: {_POSITIONS}"),
-    (r"string should match pattern .*cuda.*", "allowed: auto, cpu, mps, cuda or cuda:1"),
 )
 """A job's fields and what they may hold, and how that is said on the command line."""
 

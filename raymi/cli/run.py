@@ -9,6 +9,7 @@ import click
 import raymi.store
 from raymi.cli.options import store_option
 from raymi.cli.text import size, table, terminal_width
+from raymi.errors import UserError
 
 if TYPE_CHECKING:
     from raymi.cluster.sweep import Order, Result
@@ -61,8 +62,9 @@ def command(
     from raymi.cluster.sweep import Order, sweep
 
     given = {"device": device, "engine": engine}
-    replaced = [*sets, *(f"{field}={value}" for field, value in given.items() if value)]
-    job = _job(job_path, replaced, models)
+    job = _job(job_path, sets, {field: value for field, value in given.items() if value}, models)
+    if inline and not dry_run:
+        _check_device(job.device)
     store = raymi.store.open(store_uri)
     cache = Cache(cache_dir, frozenset(trust_remote_code), frozenset(allow_pickle), download)
     order = Order(job, job_path.read_text(), _run_name(store, job, new=new), cache, address, inline)
@@ -73,11 +75,27 @@ def command(
     return _exit_code(result)
 
 
-def _job(path: Path, sets: list[str], models: tuple[str, ...]) -> "Job":
+def _job(path: Path, sets: tuple[str, ...], given: dict[str, str], models: tuple[str, ...]) -> "Job":
+    """The job as the command line changes it; `given` are fields that have an option of their own."""
     from raymi.job import Models, load_job
 
-    job = load_job(path, sets)
+    try:
+        job = load_job(path, [*sets, *(f"{field}={value}" for field, value in given.items())])
+    except UserError as error:
+        said = error.what
+        for field, value in given.items():
+            said = said.replace(f"--set {field}={value}: {field}: ", f"--{field}: ")
+        raise UserError(said, hint=error.hint) from None
     return job.model_copy(update={"models": Models(include=models)}) if models else job
+
+
+def _check_device(device: str) -> None:
+    """Whether this process has it: with Ray the nodes say what they have."""
+    if device in ("auto", "cpu"):
+        return  # there is no need to import torch for those
+    from raymi.notebook import check_device
+
+    check_device(device)
 
 
 def _run_name(store: "Store", job: "Job", *, new: bool) -> str:

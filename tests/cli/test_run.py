@@ -192,6 +192,19 @@ def test_a_commit_that_is_gone_fails_the_model_by_name(run: Run):
     assert rows().filter(model_id="org/two").height == 16
 
 
+def test_a_commit_that_is_gone_is_not_called_an_empty_cache(run: Run):
+    import shutil
+
+    add_model(Path("cache"), "org/one", revision="1" * 40)
+    run()
+    shutil.rmtree("cache/models--org--one")
+    add_model(Path("cache"), "org/one", revision="2" * 40)
+    said = run()
+    assert said.code == 2
+    assert "org/one: the run has it at commit 111111111111" in said.err
+    assert "--new" in said.err
+
+
 def test_one_bad_model_stops_no_other_and_is_tried_again_when_it_is_mended(run: Run):
     add_model(Path("cache"), "org/bad")
     add_model(Path("cache"), "org/good")
@@ -288,6 +301,16 @@ def test_a_rehearsal_says_what_would_be_done_and_does_nothing(run: Run):
     assert "-" in next(line for line in run("--dry-run").out.splitlines() if line.startswith("org/one")).split()
 
 
+def test_a_rehearsal_names_the_models_that_the_run_would_fail(run: Run):
+    add_model(Path("cache"), "org/one")
+    add_model(Path("cache"), "org/large", LLAMA | {"num_hidden_layers": 4},
+              tensors=llama_shapes(LLAMA | {"num_hidden_layers": 4}))  # fmt: skip
+    said = run("--dry-run", "--set", "experiments.0.layers=3")
+    assert said.code == 1
+    assert "cannot run: org/one: experiment 'heads': layers: 3 is out of range" in said.err
+    assert "org/large" in said.out
+
+
 @pytest.mark.parametrize(
     ("change", "arguments", "says"),
     [
@@ -296,6 +319,8 @@ def test_a_rehearsal_says_what_would_be_done_and_does_nothing(run: Run):
         ({"prompts": ["{text: 5 }"]}, [], "job.yaml"),
         ({"more": "unit_ablation: 3\n"}, [], "unit_ablations"),
         ({}, ["--set", "dtype=float33"], "float32"),
+        ({}, ["--device", "gpu"], "Error: --device: found 'gpu'; allowed: auto, cpu, mps, cuda or cuda:1"),
+        ({}, ["--device", "cuda:77"], "device: found 'cuda:77'; there is here: auto, cpu"),
         ({}, ["--store", "job.yaml"], "is a file"),
         ({"prompts": [PARIS.replace("is,", "nothing,")]}, ["--set", "experiments.0.queries=99"], "out of range"),
     ],

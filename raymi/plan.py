@@ -75,24 +75,27 @@ def selected(
     """
     chosen: dict[tuple[str, str], CachedModel] = {}
     rejected: dict[str, Rejected] = {}
+    refused = False
     for reference in job.models.include:
         named = not any(character in reference for character in "*?[")
         matches = [find(reference)] if named else [m for m in catalog if fnmatchcase(m.id, reference)]
         if not matches:
-            rejected[reference] = Rejected(reference, "matches no cached model", named=False)
+            reason = "matches no cached model" if catalog else "the cache is empty"
+            rejected[reference] = Rejected(reference, reason, named=False)
         for model in matches:
             if any(_means(pattern, model) for pattern in job.models.exclude):
                 continue
             refusal = _refusal(job, model, named=named)
+            refused = refused or (refusal is not None and model.runnable)
             if refusal is None:
                 chosen[model.id, model.revision] = model
             elif named or model.id not in rejected:
                 rejected[model.id] = refusal
     if not chosen:
         reasons = "".join(f"\n  {each.model_id}: {each.reason}" for each in rejected.values())
-        raise UserError(
-            f"no model to run{reasons}", hint="`raymi models` lists the cache, `raymi fetch ID` adds to it."
-        )
+        # Models that could be loaded are refused by the job itself: more of them would not help.
+        hint = None if refused else "`raymi models` lists the cache, `raymi fetch ID` adds to it."
+        raise UserError(f"no model to run{reasons}", hint=hint)
     return list(chosen.values()), list(rejected.values())
 
 

@@ -161,8 +161,14 @@ def test_no_model_left(models: Any, expected: list[str]) -> None:
 
 
 def test_an_empty_cache() -> None:
-    with pytest.raises(UserError, match="no model to run"):
+    with pytest.raises(UserError, match=r"no model to run\n  \*: the cache is empty\n.*raymi fetch"):
         selected(job(), [], find)
+
+
+def test_more_models_do_not_help_a_job_that_no_model_can_serve() -> None:
+    with pytest.raises(UserError, match="out of range") as error:
+        selected(job({"layers": 99}, models="a/small"), CATALOG, find)
+    assert error.value.hint is None
 
 
 # Units.
@@ -374,7 +380,8 @@ def test_verified_ablations_are_drawn_by_seed_from_what_is_measured() -> None:
     texts = [prompt("a"), prompt("b", start=3)]
     measured = {(p.prompt.id, a) for p in texts for a in ablations(one.experiments[0], p, 30, 9)}
     found = [(p.prompt.id, a) for p, a in drawn(one, model(), texts)]
-    assert len(found) == 5 and set(found) <= measured
+    assert len(found) == 5
+    assert set(found) <= measured
     assert found == [(p.prompt.id, a) for p, a in drawn(one, model(), texts)]
     again = job({"layers": "all", "heads": {"each": "all"}}, verify=5, seed=1)
     assert found != [(p.prompt.id, a) for p, a in drawn(again, model(), texts)]

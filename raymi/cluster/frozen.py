@@ -86,6 +86,11 @@ def choose(job: Job, cache: Cache, commits: Mapping[str, str]) -> Choice:
             return None
 
     present = [model for each in cache.scan() if (model := frozen(each)) is not None]
+    if gone and not present:  # not an empty cache
+        raise UserError(
+            "\n".join(f"{each.model_id}: {each.reason}" for each in gone),
+            hint="Fetch that commit (raymi fetch ID@COMMIT), or start another run with --new.",
+        )
     models, rejected = selected(job, present, find)
     pinned = {id_of for ref in seen if (id_of := ref.partition("@")[0]) != ref}
     seen |= {model.id: model.revision for model in models if model.id not in pinned}

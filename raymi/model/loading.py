@@ -131,7 +131,10 @@ def _read(path: Path, name: str, dtype: torch.dtype, trust_remote_code: bool, al
             raise
         raise BadWeights(f"{name}: its weights cannot be read: {error}") from error
     model, info = found
-    missing, misshaped = sorted(info["missing_keys"]), sorted(str(key) for key in info["mismatched_keys"])
-    if missing or misshaped:
-        raise BadWeights(f"{name}: missing tensors {missing[:5]}, misshaped tensors {misshaped[:5]} of {path}")
+    wrong = [f"{key} is missing" for key in sorted(info["missing_keys"])]
+    for key, stored, expected in sorted(info["mismatched_keys"]):
+        wrong.append(f"{key} has shape {list(stored)}, not {list(expected)}")
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise BadWeights(f"{name}: its weights do not make up the model of its config: {', '.join(wrong[:3])}{more}")
     return model.eval()

@@ -266,6 +266,57 @@ def test_numbers_that_do_not_agree_fail_the_model(run: Run, monkeypatch):
     assert rows().is_empty()
 
 
+@pytest.fixture
+def wrong_cone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cone whose ablations go wrong once a model has been loaded, while its clean row stays right."""
+    from raymi.cluster.worker import Worker
+    from raymi.model.cone import Cone
+
+    honest = Cone._unembed
+
+    def off(self, hidden_AD, returned):
+        logits_AV = honest(self, hidden_AD, returned)
+        logits_AV[1:, 3] += 0.25
+        return logits_AV
+
+    verify = Worker._verify
+
+    def after_the_load(self, engine):
+        monkeypatch.setattr(Cone, "_unembed", off)
+        return verify(self, engine)
+
+    monkeypatch.setattr(Worker, "_verify", after_the_load)
+
+
+def test_verification_finds_a_cone_that_went_wrong(run: Run, wrong_cone: None):
+    add_model(Path("cache"), "org/one", scale=20)
+    said = run()
+    assert said.code == 1
+    assert "Mismatch" in said.err
+    assert "by up to 2.5e-01" in said.err.replace("\n", " ")
+    assert rows().is_empty()
+
+
+def test_a_wrong_cone_gives_way_to_full_forwards_when_the_job_says_so(run: Run, wrong_cone: None):
+    add_model(Path("cache"), "org/one", scale=20)
+    assert run("--set", "on_mismatch=full").code == 0
+    assert rows()["engine"].unique().to_list() == ["full"]
+    assert not rows("verifications")["passed"].any()
+    assert rows("verifications")["engine"].unique().to_list() == ["cone"]
+
+
+def test_the_slow_way_on_request_gives_the_same_rows(run: Run):
+    add_model(Path("cache"), "org/one", scale=20)
+    assert run().code == 0
+    fast = rows().sort("ablation_id")
+    assert run("--new", "--engine", "full").code == 0
+    slow = rows().filter(engine="full").sort("ablation_id")
+    assert fast["engine"].unique().to_list() == ["cone"]
+    assert fast["ablation_id"].equals(slow["ablation_id"])
+    assert (fast["kl"] - slow["kl"]).abs().max() < 1e-6
+    assert fast["kl"].max() > 1e-6
+
+
 def test_models_that_cannot_run_are_skipped_or_fail_by_how_they_were_asked_for(run: Run):
     add_model(Path("cache"), "org/fine")
     add_model(Path("cache"), "org/silent", tokenizer=False)

@@ -81,10 +81,11 @@ class Engine:
             OutOfMemory: when a single ablation does not fit.
             NotFinite, NotFired, NotClean: rather than a wrong number.
         """
-        if self.way != "full" and len(ids_PT) > 1 and not self._together(len(ids_PT), len(cells)):
-            yield from self._one_by_one(ids_PT, cells)
+        most = self._prompts_at_once(ids_PT, len(cells))
+        method = self._method(ids_PT, cells) if len(ids_PT) <= most else None
+        if method is None:
+            yield from self._in_parts(ids_PT, cells, min(most, (len(ids_PT) + 1) // 2))
             return
-        method = self._method(ids_PT, cells)
         for group in method.groups(cells):
             start = 0
             while start < len(group):
@@ -99,24 +100,37 @@ class Engine:
                         raise
                     self._halve(key, len(chosen), error)
 
-    def _together(self, n_prompts: int, n_cells: int) -> bool:
+    def _prompts_at_once(self, ids_PT: Tensor, n_cells: int) -> int:
+        (n_prompts, n_tokens), together = ids_PT.shape, self.capability.together
+        if self.way == "full" or n_prompts == 1:
+            return n_prompts
         # Many rows of one prompt share the attention over its prefix; few make too small a batch.
-        return self.capability.together and n_cells < ROWS_OF_ONE_PROMPT * n_prompts
+        if not together or n_cells >= ROWS_OF_ONE_PROMPT * n_prompts:
+            return 1
+        return self._limit((self.way, n_tokens, n_tokens))  # their clean run is one batch
 
-    def _one_by_one(self, ids_PT: Tensor, cells: Sequence[Cell]) -> Iterator[Batch]:
-        for prompt in sorted({cell.prompt for cell in cells}):
-            indices = [i for i, cell in enumerate(cells) if cell.prompt == prompt]
-            alone = [Cell(0, cells[i].interventions) for i in indices]
-            for batch in self.ablations(ids_PT[prompt : prompt + 1], alone):
+    def _in_parts(self, ids_PT: Tensor, cells: Sequence[Cell], most: int) -> Iterator[Batch]:
+        for begin in range(0, len(ids_PT), most):
+            indices = [i for i, cell in enumerate(cells) if begin <= cell.prompt < begin + most]
+            part = [Cell(cells[i].prompt - begin, cells[i].interventions) for i in indices]
+            for batch in self.ablations(ids_PT[begin : begin + most], part) if part else ():
                 yield batch._replace(cells=[indices[i] for i in batch.cells])
 
-    def _method(self, ids_PT: Tensor, cells: Sequence[Cell]) -> Cone | Full:
+    def _method(self, ids_PT: Tensor, cells: Sequence[Cell]) -> Cone | Full | None:
+        """None when the prompts' clean run does not fit into memory, and there is more than one of them."""
         if self.way == "full":
             return Full(self.model, ids_PT)
-        first = min(cell.first_query for cell in cells)
+        first, prefix = min(cell.first_query for cell in cells), self.way == "cone"
         if self.cone is None or not self.cone.serves(ids_PT, first):
             self.cone = None  # its memory goes first
-            self.cone = Cone(self.model, ids_PT, first, prefix=self.way == "cone", tolerance=self.capability.tolerance)
+            try:
+                self.cone = Cone(self.model, ids_PT, first, prefix=prefix, tolerance=self.capability.tolerance)
+            except Exception as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                n_prompts, n_tokens = ids_PT.shape
+                self._limit((self.way, n_tokens, n_tokens))
+                self._halve((self.way, n_tokens, n_tokens), n_prompts, error)
         return self.cone
 
     # -- memory ------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given
 
 from raymi.model import cone
 from raymi.model.cone import NotClean
-from raymi.model.engine import Capability, Engine, measure_capability
+from raymi.model.engine import Capability, Engine, OutOfMemory, measure_capability
 from raymi.model.hooked import Cell, HookedModel, NotFinite, NotFired
 from raymi.model.interventions import Edit, Mask, add, mean, scale, zero
 from raymi.model.interventions import replace as patch
@@ -302,6 +302,42 @@ def test_prompts_that_may_not_share_a_sweep_have_their_own(way: Any, engine: Cal
     alone.model.run = lambda ids, *args, **kwargs: ran.append(len(ids)) or run(ids, *args, **kwargs)  # type: ignore[method-assign]
     same(measure(alone, request), measure(together, request))
     assert set(ran) == {1}
+
+
+@pytest.mark.parametrize("way", ["cone", "layers"])
+@pytest.mark.parametrize("limit", [1, 2, 3, 4])
+def test_clean_runs_of_many_prompts_are_cut_up_too(limit: int, way: Any, engine: Callable[..., Engine]):
+    """By what is thought to fit (five prompts at a time), and where that is too much, by what does."""
+    its, ids_PT = engine(), prompt(rows=7)
+    its.way = way
+    cells = [Cell((i * 5) % 7, STEPS[i % len(STEPS)].interventions) for i in range(14)]
+    request, run, cleaned = Request(ids_PT, cells, 0), its.model.run, list[int]()
+    plenty = measure(its, request)
+    its.cone = None
+
+    def scarce(ids: torch.Tensor, n_rows: int | None = None, **given: Any) -> torch.Tensor:
+        if n_rows is None and ids.shape[1] == PROMPT:
+            cleaned.append(len(ids))
+            if len(ids) > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(ids, n_rows, **given)
+
+    its.model.run = scarce  # type: ignore[method-assign]
+    its.limits[way, PROMPT, PROMPT] = 5
+    same(measure(its, request), plenty)
+    assert max(cleaned) == min(5, 7 // 2 + 1)
+    assert sum(n for n in cleaned if n <= limit) == 7
+
+
+def test_a_clean_run_that_does_not_fit_alone(engine: Callable[..., Engine]):
+    its = engine()
+
+    def none_left(*_: Any, **__: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    its.model.run = none_left  # type: ignore[method-assign]
+    with pytest.raises(OutOfMemory, match=f"llama: one ablation of a prompt of {PROMPT} tokens"):
+        list(its.ablations(prompt(rows=3), STEPS))
 
 
 def test_counts_are_those_of_each_row(engine: Callable[..., Engine]):

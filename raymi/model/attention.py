@@ -8,6 +8,7 @@ Legend: B rows of the batch, P prompts, H query heads, K key heads, G = H / K, Q
 D head width. Scores are laid out [K, B, G, Q, S]: what is shared by all rows is then one matrix product a key head.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -56,13 +57,47 @@ class Cut:
     """How many edges each row of the batch loses here."""
 
     @classmethod
-    def of(cls, edges: list[tuple[int, int, int, int]], n_rows: int, device: torch.device) -> "Cut":
-        """From (row, head, query, key) quadruples."""
-        edge_4E = torch.tensor(edges, dtype=torch.long).T.contiguous()
-        lines = edge_4E[:3].unique(dim=1)
-        per_row = torch.bincount(edge_4E[0], minlength=n_rows)
-        row, head, query, key = edge_4E.to(device).unbind()
-        return cls(row, head, query, key, lines.to(device), per_row.to(device))
+    def of(cls, edge_4E: Tensor, n_rows: int, device: torch.device) -> "Cut":
+        """From (row, head, query, key) of every edge; what is named twice is cut once."""
+        # As one number each: unique rows of a matrix take fifty times as long to find.
+        _, n_heads, n_queries, n_keys = (edge_4E.amax(1) + 1).tolist()
+        line_E = (edge_4E[0] * n_heads + edge_4E[1]) * n_queries + edge_4E[2]
+        edge_E = (line_E * n_keys + edge_4E[3]).unique()
+        line_E, key_E = edge_E // n_keys, edge_E % n_keys
+
+        def places(line: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return line // (n_heads * n_queries), line // n_queries % n_heads, line % n_queries
+
+        row_E, head_E, query_E = places(line_E)
+        per_row_B = torch.bincount(row_E, minlength=n_rows)
+        lines_3N = torch.stack(places(line_E.unique_consecutive()))
+        return cls(*(each.to(device) for each in (row_E, head_E, query_E, key_E, lines_3N, per_row_B)))
+
+
+FEW = 32
+"""Edges up to which a list is quicker than tensors."""
+
+
+@dataclass(slots=True)
+class Edges:
+    """What is to be cut in one layer, as it is collected row by row."""
+
+    few: list[tuple[int, int, int, int]] = field(default_factory=list[tuple[int, int, int, int]])
+    many: list[Tensor] = field(default_factory=list[Tensor])
+
+    def add(self, row: int, heads: Sequence[int], edges: Sequence[tuple[int, int]], start: int) -> None:
+        """Every edge (query, key) of every head; queries count from `start` on."""
+        if len(heads) * len(edges) <= FEW:
+            self.few += [(row, head, query - start, key) for head in heads for query, key in edges]
+            return
+        query_E, key_E = torch.tensor(edges).T
+        head_HE = torch.tensor(heads)[:, None].expand(-1, len(edges))
+        parts = torch.broadcast_tensors(torch.tensor(row), head_HE, query_E - start, key_E)
+        self.many.append(torch.stack(parts).flatten(1))
+
+    def cut(self, n_rows: int, device: torch.device) -> Cut:
+        few = [torch.tensor(self.few).T] if self.few else []
+        return Cut.of(torch.cat([*few, *self.many], 1), n_rows, device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,14 @@ Legend: B rows, P prompts, T positions, V vocabulary, A ablations, D hidden size
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raymi.model.attention import NAME, Cut, Prefix, Tap, attach
+from raymi.model.attention import NAME, Cut, Edges, Prefix, Tap, attach
 from raymi.model.edited_mask import edited_masks
 from raymi.model.editing import SiteEdits, place
 from raymi.model.interventions import EDITABLE, Edit, Intervention, Mask
@@ -64,16 +64,15 @@ class Cell:
     prompt: int
     """Which of the prompts."""
     interventions: tuple[Intervention, ...]
+    first_layer: int = field(init=False)
+    """Nothing below this layer changes."""
+    first_query: int = field(init=False)
+    """Nothing at a position before this one changes."""
 
-    @property
-    def first_layer(self) -> int:
-        """Nothing below this layer changes."""
-        return min(i.layer for i in self.interventions)
-
-    @property
-    def first_query(self) -> int:
-        """Nothing at a position before this one changes."""
-        return min(i.first_query for i in self.interventions)
+    def __post_init__(self) -> None:
+        # Once: they are looked at for every grouping and sorting of cells.
+        object.__setattr__(self, "first_layer", min(i.layer for i in self.interventions))
+        object.__setattr__(self, "first_query", min(i.first_query for i in self.interventions))
 
 
 class HookedModel:
@@ -227,10 +226,9 @@ class HookedModel:
         Yields:
             What tells, after the forward, how often each row's interventions fired, and lines left empty.
         """
-        n_rows = len(interventions)
         cuts, edits, expected_B = self._sorted_out(interventions, start, n_positions)
         self.tap.prefix = prefix
-        self.tap.cuts.update({layer: Cut.of(of_layer, n_rows, self.device) for layer, of_layer in cuts.items()})
+        self.tap.cuts.update(cuts)
         try:
             with ExitStack() as stack:
                 for (layer, site), of_site in edits.items():
@@ -242,9 +240,9 @@ class HookedModel:
 
     def _sorted_out(
         self, interventions: Sequence[Sequence[Intervention]], start: int, n_positions: int
-    ) -> tuple[dict[int, list[tuple[int, int, int, int]]], dict[tuple[int, str], SiteEdits], Tensor]:
-        """By layer and site: edges (row, head, query, key) to cut, edits; and how often each row must fire, [B]."""
-        cuts: dict[int, set[tuple[int, int, int, int]]] = {}
+    ) -> tuple[dict[int, Cut], dict[tuple[int, str], SiteEdits], Tensor]:
+        """By layer and site: edges to cut, edits; and how often each row must fire, [B]."""
+        edges: dict[int, Edges] = {}
         edits: dict[tuple[int, str], SiteEdits] = {}
         expected = [0] * len(interventions)
         for row, of_row in enumerate(interventions):
@@ -252,17 +250,15 @@ class HookedModel:
                 self._refuse_missing(one, start + n_positions)
                 if isinstance(one, Mask):
                     heads = range(self.n_heads) if one.heads is None else one.heads
-                    its = {(row, head, query - start, key) for head in heads for query, key in one.edges}
-                    known = cuts.setdefault(one.layer, set())
-                    expected[row] += len(its - known)
-                    known |= its
+                    edges.setdefault(one.layer, Edges()).add(row, heads, one.edges, start)
                     continue
                 at = one.layer, one.site
                 if at not in edits:
                     by_head = one.site == "attn.hook_z"
                     edits[at] = SiteEdits(self.tap, self.n_heads, by_head, start, n_positions)
                 expected[row] += edits[at].append(row, one)
-        return {layer: sorted(its) for layer, its in cuts.items()}, edits, torch.tensor(expected)
+        cuts = {layer: its.cut(len(interventions), self.device) for layer, its in edges.items()}
+        return cuts, edits, torch.tensor(expected) + sum(cut.per_row_B.cpu() for cut in cuts.values())
 
     def _refuse_missing(self, one: Intervention, n_tokens: int) -> None:
         if not 0 <= one.layer < self.n_layers:

@@ -60,7 +60,7 @@ def run(*states: Tensor, mask: Tensor | None = None, cut: list[tuple[int, int, i
     tap.begin(B, torch.device("cpu"))
     tap.captures[3, "pattern"] = None
     if cut:
-        tap.cuts[3] = Cut.of(cut, B, torch.device("cpu"))
+        tap.cuts[3] = Cut.of(torch.tensor(cut).T, B, torch.device("cpu"))
     out, _ = attention(module, *states, mask, **given)
     return out, tap.captures[3, "pattern"], tap
 

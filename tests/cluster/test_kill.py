@@ -125,7 +125,7 @@ def assert_gone(processes: list[psutil.Process], until: float) -> None:
     assert not left
 
 
-def kill_and_go_on(bench: Bench, store: str, hows: list[str], rng: random.Random) -> None:
+def kill_and_go_on(bench: Bench, store: str, hows: list[str], rng: random.Random) -> list[psutil.Process]:
     """Issues the command again and again, each time with another death, until nothing disturbs it.
 
     Args:
@@ -133,6 +133,9 @@ def kill_and_go_on(bench: Bench, store: str, hows: list[str], rng: random.Random
         store: a new one.
         hows: ways to die (see `victim`); `inline` after one of them means without Ray.
         rng: says at which unit.
+
+    Returns:
+        What `wait_for_end` says takes a minute to go.
     """
     agents: list[psutil.Process] = []
     for how, *inline in (each.split() for each in hows):
@@ -155,7 +158,7 @@ def kill_and_go_on(bench: Bench, store: str, hows: list[str], rng: random.Random
         assert code == 0, output
     assert_as_undisturbed(bench, store)
     assert not (bench.folder / ".ray").exists(), "Ray wrote its token into the home directory"
-    assert_gone(agents, time.monotonic() + 120)
+    return agents
 
 
 @pytest.mark.timeout(600)
@@ -174,7 +177,8 @@ def test_twenty_kills(bench, round):
     rng = random.Random(seed)
     hows = ["flushed", "flushed", "driver", "write" if round < 2 else "flushed"]
     rng.shuffle(hows)
-    kill_and_go_on(bench, f"twenty{round}", [*hows, "replica"], rng)
+    agents = kill_and_go_on(bench, f"twenty{round}", [*hows, "replica"], rng)
+    assert_gone(agents, time.monotonic() + 120)
 
 
 def test_a_finished_run_does_nothing_quickly(bench):

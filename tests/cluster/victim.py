@@ -18,6 +18,7 @@ The ids of the processes that the driver has started are written to the file PID
 import itertools
 import os
 import signal
+import stat
 import sys
 from pathlib import Path
 
@@ -41,8 +42,10 @@ def die() -> None:
 
 
 def die_half_way(descriptor: int) -> None:
-    os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
-    die()
+    about = os.fstat(descriptor)
+    if stat.S_ISREG(about.st_mode):  # a new folder is synced too, before its first file
+        os.ftruncate(descriptor, about.st_size // 2)
+        die()
 
 
 def strike(self: runner._Record) -> None:

@@ -1,0 +1,38 @@
+"""Whether a replica's process stays near what --dry-run says of it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+MEASURE = """
+import sys
+from pathlib import Path
+from raymi import catalog
+from raymi.cluster import rehearsal
+from raymi.cluster.tokenised import from_rows
+from raymi.cluster.worker import Worker
+from raymi.job import load_job
+from raymi.model.memory import peak_ram
+from raymi.plan import estimate, units
+
+job, model = load_job(Path("jobs/demo.yaml")), catalog.find(sys.argv[1], Path(sys.argv[2]))
+worker = Worker(model, job, threads=2)
+prompts = {prompt.prompt.id: prompt for prompt in from_rows(worker.prepare().to_pylist())}
+cut = [unit for spec in job.experiments for unit in units(job, spec, model, list(prompts.values()))]
+assert isinstance(worker.load(), dict)
+assert len(list(worker.run(cut))) == len(cut)
+print(peak_ram(), estimate(job, model, cut, prompts, rehearsal.measure()).peak_bytes)
+"""
+
+
+@pytest.mark.parametrize("name", ["raymi-demo/SmolLM2-135M-Instruct-Q4_1", "raymi-demo/glassllm-en"])
+def test_peak_memory_is_within_a_quarter_of_the_estimate(name: str, demo_models: object, demo_cache: Path) -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", MEASURE, name, str(demo_cache)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    peak, estimated = map(int, said.stdout.split()[-2:])
+    assert 0.75 <= peak / estimated <= 1.25

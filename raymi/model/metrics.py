@@ -77,20 +77,26 @@ class Comparison:
     def token(self, token_A: Tensor) -> TokenEffects:
         """Logit, probability and rank of one token a row (`token_A`, int64), before and after."""
         before_A, after_A = self.clean_PV[self.prompt_A, token_A], self.ablated_AV.gather(1, token_A[:, None])[:, 0]
-        ranks = [
-            ((self._clean(rows) > before_A[rows, None]).sum(-1), (self.ablated_AV[rows] > after_A[rows, None]).sum(-1))
-            for rows in _slices(self.ablated_AV)
-        ]
-        rank_before_A, rank_after_A = (torch.cat(column) for column in zip(*ranks, strict=True))
+        ranks = [(self.ablated_AV[rows] > after_A[rows, None]).sum(-1) for rows in _slices(self.ablated_AV)]
         found = TokenEffects(
             before_A,
             after_A,
             _probability(before_A, self.normaliser_P[self.prompt_A]),
             _probability(after_A, self.normaliser_A),
-            rank_before_A,
-            rank_after_A,
+            self._clean_rank(token_A),
+            torch.cat(ranks),
         )
         return TokenEffects(*(column.cpu() for column in found))
+
+    def _clean_rank(self, token_A: Tensor) -> Tensor:
+        """Ranks of tokens in the clean prompts: each once, however many ablations ask for it."""
+        vocabulary = self.clean_PV.shape[1]
+        asked, which_A = (self.prompt_A * vocabulary + token_A).unique(return_inverse=True)
+        ranks = [
+            (self.clean_PV[each // vocabulary] > self.clean_PV[each // vocabulary, each % vocabulary]).sum()
+            for each in asked.tolist()
+        ]
+        return torch.stack(ranks)[which_A]
 
     def _clean(self, rows: slice) -> Tensor:
         """The clean logits of a slice: a view where all rows share one prompt."""
@@ -127,8 +133,8 @@ def _normalise(logits_AV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _normalise_slice(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
-    top1_R = logits_RV.argmax(-1)
-    peak_R1 = logits_RV.gather(1, top1_R[:, None])
+    peak_R1, top1_R1 = _top(logits_RV, 1)
+    top1_R = top1_R1[:, 0]
     total_R = _sum((logits_RV - peak_R1).exp_())
     return top1_R, peak_R1[:, 0].to(total_R.dtype) + total_R.log()
 
@@ -148,13 +154,32 @@ def _probability(logits: Tensor, normaliser: Tensor) -> Tensor:
 
 def _largest(values_RV: Tensor, k: int) -> Tensor:
     """Ids of the k largest values a row, ties by the smaller id (which `topk` alone does not promise)."""
-    top = values_RV.topk(min(k + 1, values_RV.shape[1]), dim=-1)
-    ids_RC = top.indices[:, :k]
-    if 0 < k < top.values.shape[1]:
-        tied_R = top.values[:, k] == top.values[:, k - 1]
+    top_RC, ids_RC = _top(values_RV, min(k + 1, values_RV.shape[1]))
+    ids_RC = ids_RC[:, :k]
+    if 0 < k < top_RC.shape[1]:
+        tied_R = top_RC[:, k] == top_RC[:, k - 1]
         if bool(tied_R.any()):
             ids_RC = ids_RC.clone()
             ids_RC[tied_R] = values_RV[tied_R].sort(dim=-1, descending=True, stable=True).indices[:, :k]
     ids_RC = ids_RC.sort(dim=-1).values
     order_RC = values_RV.gather(1, ids_RC).sort(dim=-1, descending=True, stable=True).indices
     return ids_RC.gather(1, order_RC)
+
+
+def _top(values_RV: Tensor, k: int, block: int = 64) -> tuple[Tensor, Tensor]:
+    """The k largest values a row and their ids, descending; which of equal ones is not said.
+
+    The k largest stand in the k blocks with the largest maxima, and only those are searched.
+    """
+    n_blocks = values_RV.shape[1] // block
+    if n_blocks < 4 * k:
+        top = values_RV.topk(k, dim=-1)
+        return top.values, top.indices
+    whole = n_blocks * block
+    blocks_RNB = values_RV[:, :whole].unflatten(1, (n_blocks, block))
+    best_RK = blocks_RNB.amax(-1).topk(k, dim=-1).indices
+    ids_RKB = best_RK[..., None] * block + torch.arange(block, device=values_RV.device)
+    rest_E = torch.arange(whole, values_RV.shape[1], device=values_RV.device)
+    ids_RC = torch.cat([ids_RKB.flatten(1), rest_E.expand(len(values_RV), -1)], 1)
+    top = values_RV.gather(1, ids_RC).topk(k, dim=-1)
+    return top.values, ids_RC.gather(1, top.indices)

@@ -118,3 +118,20 @@ def test_rows_meet_their_own_prompt_and_slices_change_nothing(monkeypatch: pytes
         torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
     for row, prompt in enumerate(prompt_A.tolist()):
         assert float(whole[0][row]) == pytest.approx(oracles.kl(clean[prompt], ablated[row]), rel=1e-5)
+
+
+@pytest.mark.parametrize("vocabulary", [3000, 64 * 50, 64 * 50 + 63])
+def test_changes_are_found_in_large_vocabularies_ties_and_all(vocabulary: int) -> None:
+    """A vocabulary of which only the best blocks are searched; rounding makes most changes ties of others."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    clean = (torch.randn(4, vocabulary, generator=generator) * 2).round()
+    ablated = clean + (torch.randn(4, vocabulary, generator=generator) * 2).round()
+    compared = Comparison(clean, ablated, torch.arange(4))
+    found = compared.effects(10)
+    changes = (ablated.double().softmax(-1) - clean.double().softmax(-1)).abs()
+    for row in range(4):
+        by_size = sorted(range(vocabulary), key=lambda i: (-round(float(changes[row, i]), 9), i))
+        assert found.changed_AC[row].tolist() == by_size[:10]
+    assert clean.gather(1, found.top1_clean_A[:, None])[:, 0].equal(clean.amax(-1))
+    ranks = compared.token(torch.tensor([0, 7, 7, vocabulary - 1])).rank_clean_A
+    assert ranks.tolist() == [int((clean[p] > clean[p, t]).sum()) for p, t in enumerate((0, 7, 7, vocabulary - 1))]

@@ -9,7 +9,7 @@ D head width. Scores are laid out [K, B, G, Q, S]: what is shared by all rows is
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,24 @@ class Cut:
         per_row_B = torch.bincount(row_E, minlength=n_rows)
         lines_3N = torch.stack(places(line_E.unique_consecutive()))
         return cls(*(each.to(device) for each in (row_E, head_E, query_E, key_E, lines_3N, per_row_B)))
+
+
+    def of_rows(self, rows: slice) -> "Cut | None":
+        """The same for some rows of the batch, which count from 0 then; None where nothing of them is cut."""
+        edges_E = (self.row_E >= rows.start) & (self.row_E < rows.stop)
+        if not bool(edges_E.any()):
+            return None
+        lines_N = (self.line_3N[0] >= rows.start) & (self.line_3N[0] < rows.stop)
+        lines_3N = self.line_3N[:, lines_N].clone()
+        lines_3N[0] -= rows.start
+        return Cut(
+            self.row_E[edges_E] - rows.start,
+            self.head_E[edges_E],
+            self.query_E[edges_E],
+            self.key_E[edges_E],
+            lines_3N,
+            self.per_row_B[rows],
+        )
 
 
 FEW = 32
@@ -156,6 +174,18 @@ class Tap:
             self.masks[place] = mask, not bool(mask.all())
         return self.masks[place][1]
 
+    def of_rows(self, layer: int, rows: slice) -> "Tap":
+        """What is to be done at a layer to some rows of the batch; what is counted there is counted here, too."""
+        prefix = self.prefix
+        if prefix is not None and prefix.prompt_B is not None:
+            prefix = replace(prefix, prompt_B=prefix.prompt_B[rows])
+        cut = self.cuts[layer].of_rows(rows) if layer in self.cuts else None
+        assert self.fired_B is not None
+        assert self.empty_B is not None
+        part = Tap({layer: cut} if cut is not None else {}, prefix=prefix, masks=self.masks)
+        part.fired_B, part.empty_B = self.fired_B[rows], self.empty_B[rows]  # views
+        return part
+
     def count(self, cut: Cut, dead_N: Tensor) -> None:
         """Note that a cut was made, and which of its lines have no key left."""
         assert self.fired_B is not None
@@ -208,13 +238,52 @@ def attention(
         )
     tap, layer = _tap(module), int(module.layer_idx)  # pyright: ignore[reportArgumentType]
     tap.called[layer] = module
-    n_rows, n_heads, n_queries, width = query.shape
-    n_key_heads = key.shape[1]
     if tap.keep is not None:
         tap.keep[layer] = key, value
     for name, states in (("rot_q", query), ("rot_k", key), ("v", value)):
         tap.capture(layer, name, states.transpose(1, 2))
 
+    def attend(tap: Tap, rows: slice) -> Tensor:
+        given = attention_mask, position_bias
+        mask, bias = (each if each is None or len(each) == 1 else each[rows] for each in given)
+        return _attend(module, tap, layer, query[rows], key[rows], value[rows], mask, scaling, softcap, s_aux, bias)
+
+    n_rows, step = len(query), _rows_at_once(tap, layer, query, key)
+    if n_rows <= step:
+        return attend(tap, slice(0, n_rows)), None
+    blocks = [slice(begin, min(begin + step, n_rows)) for begin in range(0, n_rows, step)]
+    return torch.cat([attend(tap.of_rows(layer, rows), rows) for rows in blocks]), None
+
+
+SCORES = 1 << 22
+"""Scores computed at a time on a CPU: 16 MB, a size that memory is kept for and that stays near the processor."""
+
+
+def _rows_at_once(tap: Tap, layer: int, query: Tensor, key: Tensor) -> int:
+    n_rows, n_heads, n_queries, _ = query.shape
+    captured = any(at == layer for at, _ in tap.captures)
+    if query.device.type != "cpu" or captured:
+        return n_rows
+    n_keys = key.shape[2] + (tap.prefix.length if tap.prefix is not None else 0)
+    return max(1, SCORES // (n_heads * n_queries * n_keys))
+
+
+def _attend(
+    module: nn.Module,
+    tap: Tap,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    position_bias: Tensor | None,
+) -> Tensor:
+    """Attention of some rows, [B, Q, H, Dv]; arguments as in `attention`."""
+    n_rows, n_heads, n_queries, width = query.shape
+    n_key_heads = key.shape[1]
     # Query heads that share a key head are folded into its query axis: grouped keys are never copied.
     group = n_heads // n_key_heads
     factor = width**-0.5 if scaling is None else scaling
@@ -231,7 +300,7 @@ def attention(
     out_KBQD = _mix(pattern_KBGQS.flatten(2, 3), value.transpose(0, 1), prefix)
     out_BQHD = out_KBQD.unflatten(2, (group, n_queries)).permute(1, 3, 0, 2, 4)
     # Contiguous, as the families' own functions give it: some go on to take a view of it.
-    return out_BQHD.reshape(n_rows, n_queries, n_heads, -1).contiguous(), None
+    return out_BQHD.reshape(n_rows, n_queries, n_heads, -1).contiguous()
 
 
 def _prefix(tap: Tap, layer: int, n_rows: int) -> tuple[Tensor, Tensor] | None:

@@ -27,7 +27,6 @@ from raymi.model.cone import Cone
 from raymi.model.engine import Engine, measure_capability
 from raymi.model.full import Batch
 from raymi.model.hooked import Cell, HookedModel
-from raymi.model.linear import quicken
 from raymi.model.loading import DTYPES, pick_device
 from raymi.model.metrics import Comparison
 from raymi.model.sizes import POSITIONS_PER_BATCH
@@ -74,7 +73,6 @@ class Contest:
                 missing[name] = str(error)
         # As `raymi.model.loading.load` does. What is freed is kept for the peers, too: it is the process's.
         memory.keep_what_is_freed()
-        quicken(model)
         hooked = HookedModel(model, "the benchmark's model")
         capability = measure_capability(hooked, 12)
         peers[FULL_EACH] = lambda ids_1T, cuts: hooked.forward(ids_1T, [cuts]).logits_BV[0]

@@ -73,7 +73,6 @@ class Cut:
         lines_3N = torch.stack(places(line_E.unique_consecutive()))
         return cls(*(each.to(device) for each in (row_E, head_E, query_E, key_E, lines_3N, per_row_B)))
 
-
     def of_rows(self, rows: slice) -> "Cut | None":
         """The same for some rows of the batch, which count from 0 then; None where nothing of them is cut."""
         edges_E = (self.row_E >= rows.start) & (self.row_E < rows.stop)

@@ -24,6 +24,8 @@ def snapshot(device: torch.device) -> Snapshot:
 
 def peak_ram() -> int:
     """Largest resident size this process ever had."""
+    if (high_water := _status("VmHWM")) is not None:
+        return high_water  # getrusage counts what the parent had at the fork, too
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -153,16 +153,22 @@ class RayBackend:
         kind: Literal["process", "memory", "node"] = "process"
         if isinstance(error, OutOfMemoryError):
             kind = "memory"
-        elif isinstance(error, NodeDiedError | ActorUnschedulableError) or self._is_gone(alive.node):
+        elif isinstance(error, NodeDiedError | ActorUnschedulableError):
+            self._forget(alive.node)  # `ray.nodes()` may call it alive for a while yet
+            kind = "node"
+        elif self._is_gone(alive.node):
+            self._forget(alive.node)
             kind = "node"
         return Lost(alive.id, kind, _gist(error))
 
     def _is_gone(self, node: Node) -> bool:
-        """Whether the node has left the cluster; then nothing more is placed on it."""
-        gone = not any(each["Alive"] for each in ray.nodes() if each["NodeID"] == node.id)
-        if gone and node in self._nodes:
+        """Whether the node has left the cluster."""
+        return not any(each["Alive"] for each in ray.nodes() if each["NodeID"] == node.id)
+
+    def _forget(self, node: Node) -> None:
+        """Place nothing more on a node."""
+        if node in self._nodes:
             self._nodes.remove(node)
-        return gone
 
     def _overdue(self, lost: set[int]) -> list[Event]:
         now = self._clock()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import ray
 from ray.exceptions import (
+    ActorUnavailableError,
     ActorUnschedulableError,
     NodeDiedError,
     OutOfMemoryError,
@@ -158,6 +159,9 @@ class RayBackend:
             kind = "node"
         elif self._is_gone(alive.node):
             self._forget(alive.node)
+            kind = "node"
+        elif isinstance(error, ActorUnavailableError):
+            # Of a process that died by itself Ray says that it died: this one is out of reach, and so is its node.
             kind = "node"
         return Lost(alive.id, kind, _gist(error))
 

@@ -26,9 +26,6 @@ def cluster():
     cluster.shutdown()
 
 
-@pytest.mark.xfail(
-    reason="on an idle machine the loss of a node may end with a unit given up; to be mended", strict=False
-)
 def test_a_run_joins_a_cluster_and_outlives_one_of_its_nodes(cluster, tmp_path: Path):
     config = LLAMA | {"num_hidden_layers": 4}
     for name in ("one", "two", "three"):

@@ -50,7 +50,6 @@ class Cone:
             tolerance: largest difference in logits between a clean row and the clean run.
         """
         self.model, self.ids_PT, self.prefix, self.tolerance = model, ids_PT.to(model.device), prefix, tolerance
-        self.name = "cone" if prefix else "layers"
         self.first = first_query if prefix else 0
         self.inputs: list[Tensor] = []
         """Layer -> its clean input, [P, T - first, D]."""

@@ -29,8 +29,6 @@ class Batch(NamedTuple):
 class Full:
     """Ablations of some prompts of equal length; each batch carries the clean rows that it is compared with."""
 
-    name = "full"
-
     def __init__(self, model: HookedModel, ids_PT: Tensor) -> None:
         self.model, self.ids_PT = model, ids_PT
 

@@ -243,6 +243,7 @@ class HookedModel:
     ) -> tuple[dict[int, Cut], dict[tuple[int, str], SiteEdits], Tensor]:
         """By layer and site: edges to cut, edits; and how often each row must fire, [B]."""
         edges: dict[int, Edges] = {}
+        masks: dict[tuple[int, int], list[Mask]] = {}
         edits: dict[tuple[int, str], SiteEdits] = {}
         expected = [0] * len(interventions)
         for row, of_row in enumerate(interventions):
@@ -251,14 +252,27 @@ class HookedModel:
                 if isinstance(one, Mask):
                     heads = range(self.n_heads) if one.heads is None else one.heads
                     edges.setdefault(one.layer, Edges()).add(row, heads, one.edges, start)
+                    masks.setdefault((row, one.layer), []).append(one)
                     continue
                 at = one.layer, one.site
                 if at not in edits:
                     by_head = one.site == "attn.hook_z"
                     edits[at] = SiteEdits(self.tap, self.n_heads, by_head, start, n_positions)
                 expected[row] += edits[at].append(row, one)
+        # Counted from what was asked for, not from the tensors that will do it: they are what is checked.
+        for (row, _), of_row in masks.items():
+            expected[row] += self._n_edges(of_row)
         cuts = {layer: its.cut(len(interventions), self.device) for layer, its in edges.items()}
-        return cuts, edits, torch.tensor(expected) + sum(cut.per_row_B.cpu() for cut in cuts.values())
+        return cuts, edits, torch.tensor(expected)
+
+    def _n_edges(self, masks: Sequence[Mask]) -> int:
+        """Edges, each of one head, that the masks of one row and layer name together."""
+        heads = [range(self.n_heads) if mask.heads is None else mask.heads for mask in masks]
+        if len(masks) == 1:
+            return len(set(heads[0])) * len(set(masks[0].edges))
+        return len(
+            {(head, edge) for its, mask in zip(heads, masks, strict=True) for head in its for edge in mask.edges}
+        )
 
     def _refuse_missing(self, one: Intervention, n_tokens: int) -> None:
         if not 0 <= one.layer < self.n_layers:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, MambaConfig, MambaForCausalLM
 
+from raymi.model import attention
 from raymi.model.attention import UnsupportedAttention
 from raymi.model.hooked import HookedModel, NotFinite, NotFired
 from raymi.model.interventions import Mask, zero
@@ -40,6 +41,19 @@ def test_an_intervention_that_does_not_act_is_an_error():
     model.model.set_attn_implementation("eager")
     with pytest.raises(NotFired, match=r"deaf-llama: .* row 1 should have fired 4 times, and fired 0"):
         model.forward(prompt().expand(2, -1), [(), (Mask(1, None, ((5, 2),)),)])
+
+
+@pytest.mark.parametrize("few", [0, 1000])
+def test_a_forgotten_edge_is_an_error(few: int, monkeypatch: pytest.MonkeyPatch):
+    """What is expected is counted from the interventions, not from the tensors that carry them out."""
+    model = HookedModel(build("llama"), "hasty-llama")
+    whole = attention.Cut.of
+    monkeypatch.setattr(attention, "FEW", few)
+    masks = [(Mask(1, None, ((5, 2), (5, 2), (6, 0))), Mask(1, (0,), ((6, 0), (6, 1))))]
+    assert model.forward(prompt(), masks).fired_B.tolist() == [9]  # 4 heads x 2 edges, and one that is new
+    monkeypatch.setattr(attention.Cut, "of", lambda edges, n, device: whole(edges[:, edges[3] != 1], n, device))
+    with pytest.raises(NotFired, match="row 0 should have fired 9 times, and fired 8 times"):
+        model.forward(prompt(), masks)
 
 
 def test_one_layer_that_does_not_act_is_an_error():

@@ -3,8 +3,6 @@
 import time
 from collections.abc import Iterator
 
-import psutil
-
 from raymi.cluster.agenda import Agenda, stored_prompts
 from raymi.cluster.frozen import choose, freeze_prompts
 from raymi.cluster.sweep import Order, cut_rule, keys
@@ -41,7 +39,7 @@ def rehearse(order: Order, store: Store) -> Iterator[tuple[str, list[Unit] | Fai
     for each in choice.rejected:
         if each.named:
             yield each.model_id, Failed(None, "Rejected", each.reason), None
-    rates = measure()
+    rates = measure(order.job.device)
     for key, model in agenda.models.items():
         rows = Worker(model, order.job, former, trust_remote_code=model.id in order.cache.remote_code).prepare()
         left = rows if isinstance(rows, Failed) else agenda.plan(key, rows)
@@ -52,15 +50,24 @@ def rehearse(order: Order, store: Store) -> Iterator[tuple[str, list[Unit] | Fai
         yield key, left, estimate(order.job, model, left, prompts, rates) if left else None
 
 
-def measure() -> Rates:
-    """What this machine does: the rate of matrix products is measured, in half a second."""
+def measure(wanted: str = "auto") -> Rates:
+    """What this machine does: the rate of matrix products is measured, in half a second, on the device of the job."""
     import torch
 
-    matrix = torch.rand(1024, 1024)
-    torch.mm(matrix, matrix)  # the first one wakes the threads
+    from raymi.model import memory
+    from raymi.model.loading import pick_device
+
+    device = pick_device(wanted)
+    matrix = torch.rand(1024, 1024, device=device)
+
+    def multiply() -> float:
+        # Reading one number waits for a GPU.
+        return float(torch.mm(matrix, matrix)[0, 0])
+
+    multiply()  # the first one wakes the threads
     started, n = time.perf_counter(), 0
     while (seconds := time.perf_counter() - started) < 0.5:
-        torch.mm(matrix, matrix)
+        multiply()
         n += 1
     return Rates(
         flops=n * 2 * 1024**3 / seconds,
@@ -68,6 +75,6 @@ def measure() -> Rates:
         start_seconds=START_SECONDS,
         step_seconds=STEP_SECONDS,
         process_bytes=PROCESS_BYTES,
-        device="cpu",
-        free_bytes=psutil.virtual_memory().available,
+        device=device.type,
+        free_bytes=memory.available(device),
     )

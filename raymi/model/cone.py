@@ -26,6 +26,7 @@ from transformers import Cache
 from raymi.model.attention import Prefix
 from raymi.model.full import Batch
 from raymi.model.hooked import Cell, HookedModel, NotFinite
+from raymi.model.linear import quick_products
 from raymi.model.sites import NoSuchPlace, hidden_input
 from raymi.model.sizes import UNEMBEDDED
 
@@ -63,6 +64,7 @@ class Cone:
                 stack.callback(block.module.register_forward_hook(self._note).remove)
             if prefix:
                 model.tap.keep = self.states
+            stack.enter_context(quick_products())
             self.clean_PV = model.forward(self.ids_PT).logits_BV
 
     def _remember(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -161,7 +163,7 @@ class Cone:
                 stack.callback(handle.remove)
             stack.callback(model.backbone.register_forward_hook(keep).remove)
             check = stack.enter_context(model.armed(interventions, n_positions, start=start, prefix=prefix))
-            with suppress(_SweptError):
+            with suppress(_SweptError), quick_products():
                 model.run(self.ids_PT[:1, start:], len(interventions), **seen)
             fired_B, empty_B = check()
         hidden_BD, returned = kept
@@ -172,7 +174,7 @@ class Cone:
         model = self.model
         given = copy.copy(returned)
         given.last_hidden_state = hidden_AD[:, None]
-        with _standing_in(model.backbone, lambda *_, **__: given):
+        with _standing_in(model.backbone, lambda *_, **__: given), quick_products():
             return model.run(self.ids_PT[:1, -1:])
 
     def _refuse_not_finite(self, logits_AV: Tensor, cells: Sequence[Cell]) -> None:

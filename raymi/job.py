@@ -12,7 +12,8 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from raymi.errors import UserError
-from raymi.experiments.knockout.spec import KnockoutSpec, pieces_of
+from raymi.experiments.axes import pieces_of
+from raymi.experiments.knockout.spec import KnockoutSpec
 from raymi.fields import Fields, Names, NotEmpty, near, problem, say
 from raymi.prompts import Bos, Prompt
 from raymi.promptsets import resolve

@@ -1,0 +1,30 @@
+"""The columns that say what a change did to the next-token distribution, alike in every table that has them."""
+
+import pyarrow as pa
+
+EFFECTS: tuple[tuple[str, pa.DataType], ...] = (
+    # What it did. Logits as the model gives them (after a final softcap where it has one), KL in nats.
+    ("kl", pa.float64()),
+    ("total_variation", pa.float64()),
+    ("answer_id", pa.int32()),
+    ("wrong_id", pa.int32()),
+    ("answer_logit_clean", pa.float64()),
+    ("answer_logit_ablated", pa.float64()),
+    ("wrong_logit_clean", pa.float64()),
+    ("wrong_logit_ablated", pa.float64()),
+    ("logit_diff", pa.float64()),
+    ("margin_diff", pa.float64()),
+    ("answer_prob_clean", pa.float64()),
+    ("answer_prob_ablated", pa.float64()),
+    ("wrong_prob_clean", pa.float64()),
+    ("wrong_prob_ablated", pa.float64()),
+    ("answer_rank_clean", pa.int32()),
+    ("answer_rank_ablated", pa.int32()),
+    ("top1_clean", pa.int32()),
+    ("top1_ablated", pa.int32()),
+    (
+        "changed",
+        pa.list_(pa.struct([("token_id", pa.int32()), ("prob_clean", pa.float64()), ("prob_ablated", pa.float64())])),
+    ),
+)
+"""Ranks count from 0; probabilities are of the last position."""

@@ -142,7 +142,7 @@ def check_fits(
         UserError: naming the file and what does not fit: the model, the site, the layer or the width.
     """
     places = [(sae.site, sae.d_in)] + ([(sae.site_out, sae.d_out)] if sae.site_out else [])
-    if not any_model and sae.model_id is not None and not _same_model(sae.model_id, model_id):
+    if not any_model and sae.model_id is not None and not same_model(sae.model_id, model_id):
         raise UserError(
             f"{sae.file}: this SAE was trained on {sae.model_id}, not on {model_id}",
             hint="`any_model` allows it where the sizes fit.",
@@ -156,7 +156,8 @@ def check_fits(
             raise UserError(f"{sae.file}: this SAE takes {width} numbers at {site}, where {model_id} has {expected}")
 
 
-def _same_model(a: str, b: str) -> bool:
+def same_model(a: str, b: str) -> bool:
+    """Whether two names are of one model: without their organisations, as many configs give them."""
     names = [re.split(r"[/\\]", name)[-1].lower() for name in (a, b)]
     return len({_SAME_MODEL.get(name, name) for name in names}) == 1
 

@@ -237,8 +237,10 @@ def _metrics(batch: Batch) -> None:
     """What a row of results needs: distances, most changed tokens, an answer and a wrong answer."""
     compared = Comparison(batch.clean_PV, batch.ablated_AV, batch.prompt_A)
     compared.effects(10)
-    for token in (11, 42):
-        compared.token(torch.full_like(batch.prompt_A, token))
+    answer, wrong = (torch.full_like(batch.prompt_A, token) for token in (11, 42))
+    compared.token(answer)
+    compared.token(wrong)
+    compared.ranks(answer)
 
 
 def _largest(logits: dict[At, Tensor], truth: dict[At, Tensor]) -> float:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from raymi.model.metrics import Comparison, TokenEffects
 from raymi.prompts import TokenizedPrompt
@@ -31,30 +32,42 @@ def effects(compared: Comparison, top_k: int) -> Columns:
 
 def answers(compared: Comparison, prompts: Sequence[TokenizedPrompt]) -> Columns:
     """What happened to the answer and to the wrong answer; null where a prompt has none."""
-    answer = _one_token(compared, "answer", [prompt.answer_id for prompt in prompts])
-    wrong = _one_token(compared, "wrong", [prompt.wrong_id for prompt in prompts])
+    answer_ids, wrong_ids = [prompt.answer_id for prompt in prompts], [prompt.wrong_id for prompt in prompts]
+    answer, wrong = _token(compared, "answer", answer_ids), _token(compared, "wrong", wrong_ids)
     logit_diff = _minus(answer["answer_logit_clean"], answer["answer_logit_ablated"])
     wrong_diff = _minus(wrong["wrong_logit_clean"], wrong["wrong_logit_ablated"])
     return {
         **answer,
-        **{name: column for name, column in wrong.items() if not name.startswith("wrong_rank")},
+        **_ranks(compared, "answer", answer_ids),
+        **wrong,
         "logit_diff": logit_diff,
         "margin_diff": _minus(logit_diff, wrong_diff),
     }
 
 
-def _one_token(compared: Comparison, name: str, ids: list[int | None]) -> Columns:
+def _token(compared: Comparison, name: str, ids: list[int | None]) -> Columns:
+    fields = [f"{name}_{field.removesuffix('_A')}" for field in TokenEffects._fields]
     if all(token is None for token in ids):
-        fields = (field.removesuffix("_A") for field in TokenEffects._fields)
-        return {f"{name}_id": list(ids), **{f"{name}_{field}": list(ids) for field in fields}}
-    found = compared.token(torch.tensor([token or 0 for token in ids], device=compared.prompt_A.device))
-    columns: Columns = {
-        f"{name}_{field.removesuffix('_A')}": [
-            value if token is not None else None for token, value in zip(ids, column.tolist(), strict=True)
-        ]
-        for field, column in found._asdict().items()
-    }
-    return {f"{name}_id": list(ids), **columns}
+        return {f"{name}_id": list(ids), **{field: list(ids) for field in fields}}
+    found = compared.token(_known(ids, compared))
+    return {f"{name}_id": list(ids), **dict(zip(fields, (_where(ids, column) for column in found), strict=True))}
+
+
+def _ranks(compared: Comparison, name: str, ids: list[int | None]) -> Columns:
+    fields = f"{name}_rank_clean", f"{name}_rank_ablated"
+    if all(token is None for token in ids):
+        return {field: list(ids) for field in fields}
+    found = compared.ranks(_known(ids, compared))
+    return dict(zip(fields, (_where(ids, column) for column in found), strict=True))
+
+
+def _known(ids: list[int | None], compared: Comparison) -> Tensor:
+    """Token ids as a tensor, any number where there is none."""
+    return torch.tensor([token or 0 for token in ids], device=compared.prompt_A.device)
+
+
+def _where(ids: list[int | None], column: Tensor) -> list[Any]:
+    return [value if token is not None else None for token, value in zip(ids, column.tolist(), strict=True)]
 
 
 def _minus(left: list[float | None], right: list[float | None]) -> list[float | None]:

@@ -25,14 +25,12 @@ class Effects(NamedTuple):
 
 
 class TokenEffects(NamedTuple):
-    """What happened to one chosen token a row. Ranks count from 0: the number of tokens with a larger logit."""
+    """What happened to one chosen token a row."""
 
     logit_clean_A: Tensor
     logit_ablated_A: Tensor
     prob_clean_A: Tensor
     prob_ablated_A: Tensor
-    rank_clean_A: Tensor
-    rank_ablated_A: Tensor
 
 
 class Comparison:
@@ -47,27 +45,36 @@ class Comparison:
             prompt_A: which clean row each ablation belongs to, int64.
         """
         self.clean_PV, self.ablated_AV, self.prompt_A = clean_PV.float(), ablated_AV.float(), prompt_A
-        self.top1_P, self.normaliser_P = _normalise(self.clean_PV)
-        self.top1_A, self.normaliser_A = _normalise(self.ablated_AV)
+        self.normaliser_P = _normaliser(self.clean_PV)
+        self._normaliser_A: Tensor | None = None
+
+    @property
+    def normaliser_A(self) -> Tensor:
+        """Logsumexp of the ablated logits, float64; `effects` finds it on its way."""
+        if self._normaliser_A is None:
+            self._normaliser_A = _normaliser(self.ablated_AV)
+        return self._normaliser_A
 
     def effects(self, top_k: int) -> Effects:
         """Distances between clean and ablated next-token distributions.
 
-        KL(clean || ablated) = sum p (expm1(d) - d) with d = log q - log p: termwise non-negative, and it keeps its
-        digits near zero, where the usual sum p (log p - log q) comes out negative half of the time.
+        KL(clean || ablated) = log(1 + sum p (expm1(g) - g)), where g is how much a logit grew beyond the mean growth,
+        sum p (ablated - clean). It is the textbook's sum p (log p - log q), but termwise non-negative, and it keeps its
+        digits near zero, where the textbook's comes out negative half of the time.
 
         Args:
             top_k: how many changed tokens to report.
         """
         p_PV = (self.clean_PV - self.normaliser_P[:, None].float()).exp_()
         parts = [self._effects(rows, p_PV, top_k) for rows in _slices(self.ablated_AV)]
-        kl_A, total_variation_A, changed_AC = (torch.cat(column) for column in zip(*parts, strict=True))
+        kl_A, total_variation_A, grown_A, changed_AC = (torch.cat(column) for column in zip(*parts, strict=True))
+        self._normaliser_A = self.normaliser_P[self.prompt_A] + grown_A
         clean_AC = self.clean_PV[self.prompt_A[:, None], changed_AC]
         found = Effects(
             kl_A,
             total_variation_A,
-            self.top1_P[self.prompt_A],
-            self.top1_A,
+            _first(self.clean_PV)[self.prompt_A],
+            _first(self.ablated_AV),
             changed_AC,
             _probability(clean_AC, self.normaliser_P[self.prompt_A, None]),
             _probability(self.ablated_AV.gather(1, changed_AC), self.normaliser_A[:, None]),
@@ -75,48 +82,57 @@ class Comparison:
         return Effects(*(column.cpu() for column in found))
 
     def token(self, token_A: Tensor) -> TokenEffects:
-        """Logit, probability and rank of one token a row (`token_A`, int64), before and after."""
+        """Logit and probability of one token a row (`token_A`, int64), before and after."""
         before_A, after_A = self.clean_PV[self.prompt_A, token_A], self.ablated_AV.gather(1, token_A[:, None])[:, 0]
-        ranks = [(self.ablated_AV[rows] > after_A[rows, None]).sum(-1) for rows in _slices(self.ablated_AV)]
         found = TokenEffects(
             before_A,
             after_A,
             _probability(before_A, self.normaliser_P[self.prompt_A]),
             _probability(after_A, self.normaliser_A),
-            self._clean_rank(token_A),
-            torch.cat(ranks),
         )
         return TokenEffects(*(column.cpu() for column in found))
 
-    def _clean_rank(self, token_A: Tensor) -> Tensor:
-        """Ranks of tokens in the clean prompts: each once, however many ablations ask for it."""
+    def ranks(self, token_A: Tensor) -> tuple[Tensor, Tensor]:
+        """Of one token a row, before and after: how many tokens have a larger logit, int64 [A] on the CPU."""
         vocabulary = self.clean_PV.shape[1]
+        # Of the clean prompts each once, however many ablations ask for it.
         asked, which_A = (self.prompt_A * vocabulary + token_A).unique(return_inverse=True)
-        ranks = [
+        before = [
             (self.clean_PV[each // vocabulary] > self.clean_PV[each // vocabulary, each % vocabulary]).sum()
             for each in asked.tolist()
         ]
-        return torch.stack(ranks)[which_A]
+        logit_A1 = self.ablated_AV.gather(1, token_A[:, None])
+        after = [(self.ablated_AV[rows] > logit_A1[rows]).sum(-1) for rows in _slices(self.ablated_AV)]
+        return torch.stack(before)[which_A].cpu(), torch.cat(after).cpu()
 
-    def _clean(self, rows: slice) -> Tensor:
-        """The clean logits of a slice: a view where all rows share one prompt."""
-        return self.clean_PV if len(self.clean_PV) == 1 else self.clean_PV[self.prompt_A[rows]]
+    def _effects(self, rows: slice, p_PV: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """KL, total variation, growth of the normaliser, and the most changed tokens of a slice."""
+        one = len(p_PV) == 1  # views, where all rows share one prompt
+        p_RV, clean_RV = (each if one else each[self.prompt_A[rows]] for each in (p_PV, self.clean_PV))
+        growth_RV = self.ablated_AV[rows] - clean_RV
+        mean_R, mean_R1 = _mean(growth_RV, p_RV)
+        growth_RV.sub_(mean_R1)
+        if bool(growth_RV.amax() > 60):  # beyond, expm1 overflows, and a p of almost nothing counts
+            return self._far_effects(rows, clean_RV, top_k)
+        excess_RV = torch.expm1(growth_RV)
+        divergence_R = _sum(growth_RV.neg_().add_(excess_RV).mul_(p_RV))
+        left_R = mean_R - mean_R1[:, 0].to(mean_R.dtype)  # what rounding of the mean has left out
+        total_R = divergence_R + left_R  # q = p (1 + excess) / (1 + total)
+        change_RV = excess_RV.sub_(total_R[:, None].float()).mul_(p_RV).abs_()
+        total_variation_R = _sum(change_RV) / (1 + total_R) / 2
+        kl_R = (total_R.log1p() - left_R).clamp_(min=0)
+        changed_RC = _largest(change_RV, min(top_k, change_RV.shape[1]))
+        return kl_R, total_variation_R, kl_R + mean_R, changed_RC
 
-    def _effects(self, rows: slice, p_PV: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """KL, total variation and the most changed tokens of a slice."""
-        p_RV = p_PV if len(p_PV) == 1 else p_PV[self.prompt_A[rows]]
-        ablated_RV, normaliser_R = self.ablated_AV[rows], self.normaliser_A[rows]
-        shift_R = normaliser_R - self.normaliser_P[self.prompt_A[rows]]
-        d_RV = (ablated_RV - self._clean(rows)).sub_(shift_R[:, None].float())
-        growth_RV = torch.expm1(d_RV)
-        change_RV = p_RV * growth_RV  # q - p, without cancellation
-        divergence_RV = growth_RV.sub_(d_RV).mul_(p_RV)
-        if bool(d_RV.amax() > 80):  # where expm1 overflows, p is nothing: only q is left of either
-            far_RV = d_RV > 80
-            q_RV = (ablated_RV - normaliser_R[:, None].float()).exp_()
-            divergence_RV, change_RV = (torch.where(far_RV, q_RV, each) for each in (divergence_RV, change_RV))
-        change_RV = change_RV.abs_()
-        return _sum(divergence_RV), _sum(change_RV) / 2, _largest(change_RV, min(top_k, change_RV.shape[1]))
+    def _far_effects(self, rows: slice, clean_RV: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same by the textbook, for distributions that have nothing in common."""
+        wide = _wide(clean_RV)
+        log_p_RV, log_q_RV = clean_RV.to(wide).log_softmax(-1), self.ablated_AV[rows].to(wide).log_softmax(-1)
+        change_RV = (log_q_RV.exp() - log_p_RV.exp()).abs_()
+        kl_R = (log_p_RV.exp() * (log_p_RV - log_q_RV)).sum(-1)
+        grown_R = _normaliser(self.ablated_AV[rows]) - self.normaliser_P[self.prompt_A[rows]]
+        changed_RC = _largest(change_RV.float(), min(top_k, change_RV.shape[1]))
+        return kl_R, change_RV.sum(-1) / 2, grown_R, changed_RC
 
 
 def _slices(logits_AV: Tensor) -> list[slice]:
@@ -125,24 +141,37 @@ def _slices(logits_AV: Tensor) -> list[slice]:
     return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
 
 
-def _normalise(logits_AV: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest logit's place, and logsumexp in float64, [A] each."""
-    parts = [_normalise_slice(logits_AV[rows]) for rows in _slices(logits_AV)]
-    top1_A, normaliser_A = (torch.cat(column) for column in zip(*parts, strict=True))
-    return top1_A, normaliser_A
+def _normaliser(logits_AV: Tensor) -> Tensor:
+    """Logsumexp in float64, [A]."""
+    parts = [_normaliser_slice(logits_AV[rows]) for rows in _slices(logits_AV)]
+    return torch.cat(parts)
 
 
-def _normalise_slice(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
-    peak_R1, top1_R1 = _top(logits_RV, 1)
-    top1_R = top1_R1[:, 0]
+def _normaliser_slice(logits_RV: Tensor) -> Tensor:
+    peak_R1 = logits_RV.amax(-1, keepdim=True)
     total_R = _sum((logits_RV - peak_R1).exp_())
-    return top1_R, peak_R1[:, 0].to(total_R.dtype) + total_R.log()
+    return peak_R1[:, 0].to(total_R.dtype) + total_R.log()
+
+
+def _first(logits_AV: Tensor) -> Tensor:
+    """The place of the largest logit, [A]."""
+    return torch.cat([_top(logits_AV[rows], 1)[1][:, 0] for rows in _slices(logits_AV)])
+
+
+def _mean(values_RV: Tensor, weights_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted means: in float64, [R], and rounded to the values' dtype, [R, 1]."""
+    mean_R = _sum(values_RV * weights_RV)
+    return mean_R, mean_R[:, None].to(values_RV.dtype)
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    # Apple's GPUs have no float64.
+    return torch.float32 if values.device.type == "mps" else torch.float64
 
 
 def _sum(values_RV: Tensor, block: int = 64) -> Tensor:
-    """Sum of non-negative float32 values in float64: short float32 sums first, since widening every value is slow."""
-    # Apple's GPUs have no float64.
-    wide = torch.float32 if values_RV.device.type == "mps" else torch.float64
+    """Sum of float32 values in float64: short float32 sums first, since widening every value is slow."""
+    wide = _wide(values_RV)
     whole = values_RV.shape[1] // block * block
     blocks_RN = values_RV[:, :whole].unflatten(1, (whole // block, block)).sum(-1)
     return blocks_RN.sum(-1, dtype=wide) + values_RV[:, whole:].sum(-1, dtype=wide)

@@ -126,7 +126,7 @@ def test_all_heads_listed_are_all_heads(engine: Callable[[Way], Engine]):
     one = Unit("u", "e", (("both", (Ablation((1,), None, ((9, 3),)), Ablation((1,), (0, 1, 2, 3), ((9, 3),)))),), 1)
     first, second = run(engine("cone"), one, PROMPTS, **GIVEN).to_pylist()
     assert first["ablation_id"] == second["ablation_id"]
-    assert first["kl"] == pytest.approx(second["kl"], rel=1e-5)
+    assert first["kl"] == pytest.approx(second["kl"], rel=1e-4)  # equal rows may round otherwise in other places
 
 
 @pytest.mark.parametrize("way", ["cone", "layers", "full"])

@@ -14,9 +14,8 @@ for (recurrent, convolutional, linear attention), the positions all start over, 
 Legend: B rows, P prompts, T positions, S positions of the suffix, D hidden size, V vocabulary, A ablations.
 """
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any, cast
 
 import torch
@@ -27,6 +26,7 @@ from raymi.model.attention import Prefix
 from raymi.model.full import Batch
 from raymi.model.hooked import Cell, HookedModel, NotFinite
 from raymi.model.linear import quick_products
+from raymi.model.passing import EnoughError, passing_on, returned_beside, standing_in, unembed, with_hidden
 from raymi.model.sites import NoSuchPlace, hidden_input
 from raymi.model.sizes import UNEMBEDDED
 
@@ -79,7 +79,7 @@ class Cone:
         return self.first <= first_query and torch.equal(self.ids_PT, ids_PT.to(self.ids_PT.device))
 
     def _note(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        self.beside.append(len(output) - 1 if isinstance(output, tuple) else None)
+        self.beside.append(returned_beside(output))
 
     def groups(self, cells: Sequence[Cell]) -> list[list[int]]:
         """What may share a sweep: cells of one first query position, ordered by first layer."""
@@ -150,12 +150,12 @@ class Cone:
 
         def keep(_: nn.Module, __: object, output: Any) -> None:
             kept.extend((output.last_hidden_state[:, -1].clone(), output))
-            raise _SweptError  # what comes behind is done in slices, by _unembed
+            raise EnoughError  # what comes behind is done in slices, by _unembed
 
         with ExitStack() as stack:
             lowest = rows[0].first_layer
             for block, beside in zip(model.blocks[:lowest], self.beside, strict=False):
-                stack.enter_context(_standing_in(block.module, _passing_on(beside)))
+                stack.enter_context(standing_in(block.module, passing_on(beside)))
             # Rows join before anything is changed at the same layer: hooks run in the order of their registration.
             for layer, (begin, end) in _steps(rows).items():
                 join = _Join(self.inputs[layer][:, start - self.first :], prompt_B[begin:end], begin == 0)
@@ -163,7 +163,7 @@ class Cone:
                 stack.callback(handle.remove)
             stack.callback(model.backbone.register_forward_hook(keep).remove)
             check = stack.enter_context(model.armed(interventions, n_positions, start=start, prefix=prefix))
-            with suppress(_SweptError), quick_products():
+            with suppress(EnoughError), quick_products():
                 model.run(self.ids_PT[:1, start:], len(interventions), **seen)
             fired_B, empty_B = check()
         hidden_BD, returned = kept
@@ -171,11 +171,7 @@ class Cone:
 
     def _unembed(self, hidden_AD: Tensor, returned: Any) -> Tensor:
         """Logits of hidden states, [A, V] float32, by whatever the model does behind its last layer."""
-        model = self.model
-        given = copy.copy(returned)
-        given.last_hidden_state = hidden_AD[:, None]
-        with _standing_in(model.backbone, lambda *_, **__: given), quick_products():
-            return model.run(self.ids_PT[:1, -1:])
+        return unembed(self.model, hidden_AD, self.ids_PT[:1, -1:], returned)
 
     def _refuse_not_finite(self, logits_AV: Tensor, cells: Sequence[Cell]) -> None:
         # A sum tells in a tenth of the time that looking at every logit takes.
@@ -185,10 +181,6 @@ class Cone:
             # A full forward of the same says in which layer it begins.
             self.model.forward(self.ids_PT[cell.prompt][None], [cell.interventions])
             raise NotFinite(f"{self.model.name}: NaN or infinity in {len(bad)} rows, though not in a full forward")
-
-
-class _SweptError(Exception):
-    """The layers are behind us."""
 
 
 class _Seen(Cache):
@@ -229,9 +221,7 @@ class _Join:
         one = len(self.input_PSD) == 1
         new_BSD = self.input_PSD.expand(len(self.prompt_B), -1, -1) if one else self.input_PSD[self.prompt_B]
         x_BSD = new_BSD.clone() if self.first else torch.cat([hidden_input(args, kwargs), new_BSD])
-        if args:
-            return (x_BSD, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": x_BSD}
+        return with_hidden(x_BSD, args, kwargs)
 
 
 def _steps(rows: Sequence[Cell]) -> dict[int, tuple[int, int]]:
@@ -241,27 +231,3 @@ def _steps(rows: Sequence[Cell]) -> dict[int, tuple[int, int]]:
         begin, _ = steps.get(cell.first_layer, (row, row))
         steps[cell.first_layer] = begin, row + 1
     return steps
-
-
-def _passing_on(beside: int | None) -> Callable[..., Any]:
-    """What a layer that is left out does instead: it returns what it is given, in the form in which it would."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = hidden_input(args, kwargs)
-        return hidden if beside is None else (hidden, *[None] * beside)
-
-    return forward
-
-
-@contextmanager
-def _standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """While inside, a module's forward is another one, also where accelerate's hooks have given it one of its own."""
-    names = module.__dict__
-    own = names.get("forward")
-    names["forward"] = forward
-    try:
-        yield
-    finally:
-        del names["forward"]
-        if own is not None:
-            names["forward"] = own

@@ -109,6 +109,7 @@ def place(block: Block, site: str) -> tuple[nn.Module, bool]:
         "hook_attn_out": (block.attn_out, False),
         "hook_mlp_out": (block.mlp_out, False),
         "attn.hook_z": (block.z, True),
+        "ln2.hook_normalized": (block.mlp_in, True),
     }
     module, is_input = places[site]
     if module is None and block.resid is None:

@@ -176,7 +176,7 @@ class HookedModel:
         sites = [parse(name, self.n_layers) for name in capture]
         with self._attention("eager" if own_attention else None), self.armed(of_rows, ids_BT.shape[1]) as check:
             with ExitStack() as stack:
-                cache = self._watch(sites, ids_BT.shape, stack)
+                cache = self.watch(sites, ids_BT.shape, stack)
                 logits_BV = self.run(ids_BT)
                 if not bool(logits_BV.sum(-1).isfinite().all()):
                     raise NotFinite(self._blame(ids_BT))
@@ -321,16 +321,28 @@ class HookedModel:
 
     # -- watching ----------------------------------------------------------------------------------------------------
 
-    def _watch(self, sites: Sequence[Site], shape: torch.Size, stack: ExitStack) -> dict[str, Tensor]:
-        """Register what keeps the captured sites; returns the dictionary that they will be in.
+    def watch(
+        self, sites: Sequence[Site], shape: torch.Size, stack: ExitStack, then: Callable[[], None] = lambda: None
+    ) -> dict[str, Tensor]:
+        """Register what keeps sites in the forward that comes.
 
-        Some families flatten rows and positions inside a block: `shape` ([B, T]) undoes that.
+        Args:
+            sites: what to keep.
+            shape: [B, T], since some families flatten rows and positions inside a block.
+            stack: takes the hooks away again.
+            then: called whenever a site has been reached (those inside the attention apart).
+
+        Returns:
+            The dictionary in which they will be, by name; what is inside the attention will be in `tap.captures`.
+
+        Raises:
+            NoSuchPlace: for a hook point that this model does not have.
         """
         cache: dict[str, Tensor] = {}
         for site in sites:
             inside = site.name.removeprefix("attn.hook_")
             if site.layer is None or inside not in IN_ATTENTION:
-                self._keep(site, shape, cache, stack)
+                self._keep(site, shape, cache, stack, then)
                 continue
             if not self.dispatches or self.blocks[site.layer].attention is None:
                 why = "no attention" if self.dispatches else "an attention function of its own"
@@ -338,14 +350,18 @@ class HookedModel:
             self.tap.captures[site.layer, inside] = None
         return cache
 
-    def _keep(self, site: Site, shape: torch.Size, cache: dict[str, Tensor], stack: ExitStack) -> None:
+    def _keep(
+        self, site: Site, shape: torch.Size, cache: dict[str, Tensor], stack: ExitStack, then: Callable[[], None]
+    ) -> None:
         def given(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             value = hidden_input(args, kwargs).reshape(*shape, -1).clone()
             cache[str(site)] = value.unflatten(-1, (self.n_heads, -1)) if site.name == "attn.hook_z" else value
+            then()
 
         def gave(_: nn.Module, __: tuple[object, ...], output: object) -> None:
             # A copy: Falcon goes on to add to its MLP's output in place.
             cache[str(site)] = first_tensor(output).reshape(*shape, -1).clone()
+            then()
 
         if site.layer is None:
             stack.callback(self.model.get_input_embeddings().register_forward_hook(gave).remove)

@@ -26,10 +26,14 @@ NAMES = (
     "hook_resid_post",
     "hook_attn_out",
     "hook_mlp_out",
+    "ln2.hook_normalized",
     "attn.hook_z",
     *(f"attn.hook_{name}" for name in IN_ATTENTION),
 )
-"""What follows `blocks.{layer}.`; the embedding is `hook_embed`, and has no layer."""
+"""What follows `blocks.{layer}.`; the embedding is `hook_embed`, and has no layer.
+
+`ln2.hook_normalized` is what the MLP is fed, whatever norm it comes from, and the norm's weights are in it.
+"""
 
 
 class UnknownSite(ValueError):
@@ -101,6 +105,8 @@ class Block:
     mlp_out: nn.Module | None = None
     resid_mid: nn.Module | None = None
     """The module whose input is the residual stream between attention and MLP."""
+    mlp_in: nn.Module | None = None
+    """The MLP's first matrix: its input is what the MLP is fed."""
     why: str = ""
 
 
@@ -252,9 +258,16 @@ def _block(layer: nn.Module, attention: nn.Module | None, trace: _Trace) -> Bloc
                 middle = _sum(trace.given, attn.gave)
                 found = [c.module for c in trace.children[start:] if _close(c.given, middle)]
                 block.resid_mid = found[0] if found else None
+                block.mlp_in = _first_matrix(after_z, trace.given)
                 return block
     block.why = "what its attention and its MLP add to the residual stream does not sum to its output"
     return block
+
+
+def _first_matrix(leaves: list[_Call], given: Tensor) -> nn.Module | None:
+    """A gate, a router or whatever else is first to multiply all that a layer's MLP is fed."""
+    found = (c.module for c in leaves if cast(Tensor, c.module.weight).dim() == 2 and c.given.numel() == given.numel())
+    return next(found, None)
 
 
 def _called_once(call: _Call, trace: _Trace) -> bool:

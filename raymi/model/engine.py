@@ -66,6 +66,9 @@ class Engine:
     """(way, positions computed, positions attended to) -> rows at a time; halved when memory runs out."""
     cone: Cone | None = None
     """The last one: units of one prompt follow each other, and its clean run serves them all."""
+    baselines: dict[tuple[str, int | None], Tensor] = field(default_factory=dict[tuple[str, int | None], Tensor])
+    """(site, head or all of them) -> what is unembedded when the site is zero everywhere, [1, D]: where nothing of the
+    text is left then, it is measured once."""
 
     def ablations(self, ids_PT: Tensor, cells: Sequence[Cell]) -> Iterator[Batch]:
         """Measure ablations.

@@ -213,16 +213,17 @@ class SAE:
         return self._denormalised(raw, back).reshape(*lead, self.about.d_out)
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:
+    def reconstruct(self, x: Tensor, features: Sparse | None = None) -> Tensor:
         """Decoded features of activations, plus a transcoder's skip connection.
 
         Args:
             x: [..., D], or [..., heads, width] where the heads are joined.
+            features: those of x, where they are known.
 
         Returns:
             The shape of x; for a transcoder [..., O].
         """
-        out = self.decode(self.encode_sparse(x), like=x)
+        out = self.decode(features or self.encode_sparse(x), like=x)
         if self.about.skip:
             out += self._joined(x) @ self._weight("W_skip").T
         return out if self.about.transcoder else out.reshape(x.shape)
@@ -256,6 +257,26 @@ class SAE:
         else:
             rows = self._stored["W_dec"][chosen.cpu()].to(self.device, self.dtype)
         return rows / (self.about.output_scale or 1.0)
+
+    @torch.no_grad()
+    def contributions(self, features: Sequence[int], values: Tensor, like: Tensor) -> Tensor:
+        """What single active features add to the output, on the model's scale: without them it is so much less.
+
+        Args:
+            features: M indices.
+            values: [M], their activations.
+            like: [M, D], what each was encoded from.
+
+        Returns:
+            [M, O], heads joined.
+        """
+        rows = self.decoder_vectors(features)
+        values = values.to(rows)
+        if self.about.rescale_by_decoder_norm:
+            values = values / self._decoder_norms[self._checked(features)]
+        back = self._way_back(like)
+        # A scale that is one number is in the decoder vectors already.
+        return rows * values[:, None] * (back.scale if isinstance(back.scale, Tensor) else 1.0)
 
     @torch.no_grad()
     def injection(self, strengths: Mapping[int, float], *, positions: Sequence[int], n_positions: int) -> Tensor:

@@ -7,17 +7,20 @@ Legend: N tokens, D width of what is reconstructed, F features, T positions, V v
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from raymi.sae.autoencoder import Sparse
+from raymi.sae.metrics import density_histogram as histogram_of
+from raymi.sae.metrics import metrics as of_sums
 
 DEFINITIONS = "sae_lens 6.54"
-_SLICE = 1 << 24
-"""Logits that are compared at a time."""
+_SLICE = {"cpu": 1 << 19, "gpu": 1 << 24}
+"""Logits that are compared at a time: on a CPU, few enough to stay in its caches."""
 _TINY = 1e-4
 """SAELens divides by 1 in place of a norm below it."""
 
@@ -63,6 +66,14 @@ class Downstream:
     sum_kl_sae: float = 0.0
     sum_kl_ablated: float = 0.0
 
+    def beside(self, spliced: tuple[float, float], ablated: tuple[float, float]) -> "Downstream":
+        """The same tokens, with loss and divergence of the spliced and of the ablated model."""
+        return replace(
+            self,
+            **dict(zip(("sum_loss_sae", "sum_kl_sae"), spliced, strict=True)),
+            **dict(zip(("sum_loss_ablated", "sum_kl_ablated"), ablated, strict=True)),
+        )
+
     def __add__(self, other: "Downstream") -> "Downstream":
         return Downstream(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
@@ -105,6 +116,59 @@ def reconstruction(x: Tensor, out: Tensor, features: Sparse, prompts: Tensor | N
     )
 
 
+class Predictions:
+    """What a model predicts behind some tokens, its log-probabilities made once however many others are compared."""
+
+    def __init__(self, logits: Tensor, next_ids: Tensor) -> None:
+        """Takes the clean predictions.
+
+        Args:
+            logits: [N, V], behind the tokens that count.
+            next_ids: int64 [N], the token that follows each; -1 where the text ends.
+        """
+        self.log_p = logits.float().log_softmax(-1)
+        self.p = self.log_p.exp()
+        self.next_ids = next_ids.to(logits.device)
+
+    @property
+    def clean(self) -> Downstream:
+        """The sums in which nothing but the clean predictions has a part."""
+        followed = int((self.next_ids >= 0).sum())
+        return Downstream(followed, sum_loss_clean=_loss(self.log_p, self.next_ids), tokens=len(self.log_p))
+
+    @torch.no_grad()
+    def compared(self, logits: Tensor) -> tuple[float, float]:
+        """How far other predictions are off: in nats, the sum of their next-token losses and of KL(clean || other).
+
+        Args:
+            logits: [N, V], or [1, V] where they are the same behind every token.
+        """
+        if len(logits) == 1 < len(self.log_p):
+            return self._compared_with_one(logits.float().log_softmax(-1))
+        loss = divergence = 0.0
+        step = max(1, _SLICE["cpu" if logits.device.type == "cpu" else "gpu"] // logits.shape[-1])
+        for begin in range(0, len(logits), step):
+            rows = slice(begin, begin + step)
+            log_q = logits[rows].float().log_softmax(-1)
+            loss += _loss(log_q, self.next_ids[rows])
+            divergence += _divergence(self.p[rows], self.log_p[rows], log_q)
+        return loss, divergence
+
+    def _compared_with_one(self, log_q: Tensor) -> tuple[float, float]:
+        # sum_n sum_v p (log p - log q), where q is the same for all n. It is far from p: nothing cancels.
+        divergence = self._negentropy - float(self._mass @ log_q[0].cpu().double())
+        return _loss(log_q.expand(len(self.log_p), -1), self.next_ids), divergence
+
+    @cached_property
+    def _negentropy(self) -> float:
+        return _sum((self.p * self.log_p).sum(-1))
+
+    @cached_property
+    def _mass(self) -> Tensor:
+        """Of every token of the vocabulary behind all of these tokens together, float64 [V]."""
+        return self.p.sum(0).cpu().double()
+
+
 @torch.no_grad()
 def downstream(tokens: Tensor, clean: Tensor, spliced: Tensor, ablated: Tensor, counts: Tensor) -> Downstream:
     """Sums of one text.
@@ -117,47 +181,18 @@ def downstream(tokens: Tensor, clean: Tensor, spliced: Tensor, ablated: Tensor, 
         ablated: those with zeros in place of all activations, [T, V].
         counts: bool [T], which tokens count: by the token that is read, not the one that is predicted.
     """
-    last = counts.clone()
-    last[-1:] = False
-    return Downstream(
-        loss_tokens=int(last.sum()),
-        sum_loss_clean=_loss(clean, tokens, last),
-        sum_loss_sae=_loss(spliced, tokens, last),
-        sum_loss_ablated=_loss(ablated, tokens, last),
-        tokens=int(counts.sum()),
-        sum_kl_sae=_divergence(clean, spliced, counts),
-        sum_kl_ablated=_divergence(clean, ablated, counts),
-    )
+    predictions = Predictions(clean[counts], following(tokens[None])[0][counts])
+    return predictions.clean.beside(predictions.compared(spliced[counts]), predictions.compared(ablated[counts]))
+
+
+def following(tokens: Tensor) -> Tensor:
+    """The token that follows each one, int64 [B, T] as `tokens`; -1 behind the last."""
+    return torch.cat([tokens[:, 1:], tokens.new_full((len(tokens), 1), -1)], 1)
 
 
 def metrics(sums: Reconstruction, further: Downstream | None = None) -> dict[str, float | None]:
-    """All metrics by SAELens's keys; None where one is not defined (a division by zero).
-
-    Beside them `mse_per_element` (`mse` is a sum over the width), `fvu` (1 - explained variance), `dead_features`,
-    those that fired at no token, and `frac_alive`, SAEBench's. `relative_reconstruction_bias` is the ratio of the means
-    over all tokens, where SAELens averages the ratios of batches.
-    """
-    n = sums.tokens
-    variance = _over(sums.sum_x2, n, minus=float((sums.sum_x / max(n, 1)).square().sum()))
-    mse = _over(sums.sum_residual2, n)
-    unexplained = _unexplained(mse, variance)
-    dead = int((sums.fired == 0).sum())
-    found: dict[str, float | None] = {
-        "l0": _over(sums.sum_l0, n),
-        "l1": _over(sums.sum_l1, n),
-        "mse": mse,
-        "mse_per_element": None if mse is None else mse / len(sums.sum_x),
-        "explained_variance": None if unexplained is None else 1 - unexplained,
-        "fvu": unexplained,
-        "cossim": _over(sums.sum_cosine, n),
-        "l2_norm_in": _over(sums.sum_norm_in, n),
-        "l2_norm_out": _over(sums.sum_norm_out, n),
-        "l2_ratio": _over(sums.sum_norm_ratio, n),
-        "relative_reconstruction_bias": _over(sums.sum_out2, sums.sum_x_out),
-        "dead_features": float(dead),
-        "frac_alive": 1 - dead / len(sums.fired),
-    }
-    return found | _downstream_metrics(further) if further else found
+    """All metrics by SAELens's keys, as `raymi.sae.metrics.metrics` defines them."""
+    return of_sums({**columns(sums), **(columns(further) if further else {})})
 
 
 def density(sums: Reconstruction) -> Tensor:
@@ -174,25 +209,24 @@ def consistency(sums: Reconstruction) -> Tensor:
 
 
 def density_histogram(sums: Reconstruction, per_decade: int = 2) -> list[tuple[float, float, int]]:
-    """How many features have which density, in equal steps of its logarithm.
+    """How many features have which density: (from, below, features), `per_decade` steps to a power of ten."""
+    return histogram_of(sums.fired.tolist(), sums.tokens, per_decade)
 
-    Args:
-        sums: of the tokens.
-        per_decade: steps from one power of ten to the next.
 
-    Returns:
-        (from, below, features), ending with densities of 1. Dead features are in none of them.
-    """
-    alive = density(sums)[sums.fired > 0]
-    if not len(alive):
-        return []
-    # A little above the edge, so that a density of exactly 10^-k is not lost to rounding.
-    steps = (alive.log10() * per_decade + 1e-9).floor().long()
-    counts = torch.bincount(steps - steps.min())
-    first = int(steps.min())
-    return [
-        (10 ** ((first + i) / per_decade), 10 ** ((first + i + 1) / per_decade), int(c)) for i, c in enumerate(counts)
-    ]
+def columns(sums: Reconstruction | Downstream) -> dict[str, Any]:
+    """Sums as plain values, under the names of table `sae_quality`; nothing is said of features that never fired."""
+    values = record(sums)
+    if isinstance(sums, Downstream):
+        return {"kl_tokens" if name == "tokens" else name: value for name, value in values.items()}
+    alive = sums.fired.nonzero()[:, 0]
+    del values["fired"], values["prompts_fired"]
+    return {
+        **values,
+        "d_sae": len(sums.fired),
+        "fired_features": alive.tolist(),
+        "fired_tokens": sums.fired[alive].tolist(),
+        "fired_texts": sums.prompts_fired[alive].tolist(),
+    }
 
 
 def record(sums: Reconstruction | Downstream) -> dict[str, Any]:
@@ -208,51 +242,19 @@ def from_record(values: Mapping[str, Any]) -> Reconstruction:
     return Reconstruction(**restored)
 
 
-def _downstream_metrics(sums: Downstream) -> dict[str, float | None]:
-    n, m = sums.loss_tokens, sums.tokens
-    recovered = sums.sum_loss_ablated - sums.sum_loss_sae
-    return {
-        "ce_loss_without_sae": _over(sums.sum_loss_clean, n),
-        "ce_loss_with_sae": _over(sums.sum_loss_sae, n),
-        "ce_loss_with_ablation": _over(sums.sum_loss_ablated, n),
-        "ce_loss_score": _over(recovered, sums.sum_loss_ablated - sums.sum_loss_clean),
-        "kl_div_with_sae": _over(sums.sum_kl_sae, m),
-        "kl_div_with_ablation": _over(sums.sum_kl_ablated, m),
-        "kl_div_score": _over(sums.sum_kl_ablated - sums.sum_kl_sae, sums.sum_kl_ablated),
-    }
+def _loss(log_q: Tensor, next_ids: Tensor) -> float:
+    """Sum of the cross-entropies of the tokens that follow, in nats."""
+    followed = (next_ids >= 0).nonzero()[:, 0]
+    return -_sum(log_q[followed, next_ids[followed]])
 
 
-def _loss(logits: Tensor, tokens: Tensor, counts: Tensor) -> float:
-    """Sum of the cross-entropies of the next tokens, in nats."""
-    total = 0.0
-    positions = counts.nonzero()[:, 0]
-    for chosen in positions.split(max(1, _SLICE // logits.shape[-1])):
-        log_q = logits[chosen].float().log_softmax(-1)
-        total -= _sum(log_q.gather(1, tokens.to(log_q.device)[chosen + 1][:, None]))
-    return total
-
-
-def _divergence(clean: Tensor, other: Tensor, counts: Tensor) -> float:
-    """Sum of KL(clean || other) in nats, termwise non-negative: sum p (expm1(d) - d) with d = log q - log p."""
-    total = 0.0
-    positions = counts.nonzero()[:, 0]
-    for chosen in positions.split(max(1, _SLICE // clean.shape[-1])):
-        log_p, log_q = clean[chosen].float().log_softmax(-1), other[chosen].float().log_softmax(-1)
-        difference = log_q - log_p
-        total += _sum(log_p.exp() * (difference.expm1() - difference))
-    return total
-
-
-def _unexplained(mse: float | None, variance: float | None) -> float | None:
-    if mse is None or variance is None:
-        return None
-    if variance < 1e-10:
-        return 0.0 if mse < 1e-10 else 1.0
-    return mse / variance
-
-
-def _over(total: float, n: float, *, minus: float = 0.0) -> float | None:
-    return None if n == 0 else total / n - minus
+def _divergence(p: Tensor, log_p: Tensor, log_q: Tensor) -> float:
+    """Sum of KL(p || q) in nats, termwise non-negative: sum p (expm1(d) - d) with d = log q - log p."""
+    difference = log_q - log_p
+    terms = difference.expm1().sub_(difference).mul_(p)
+    if bool(difference.amax() > 80):  # where expm1 overflows, p is nothing: only q is left
+        terms = torch.where(difference > 80, log_q.exp(), terms)
+    return _sum(terms.sum(-1))
 
 
 def _sum(values: Tensor) -> float:

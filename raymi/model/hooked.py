@@ -186,6 +186,23 @@ class HookedModel:
             fired_B, empty_B = check()
         return Output(logits_BV, {name: cache[name] for name in capture}, fired_B, empty_B)
 
+    def predictions(
+        self, ids_BT: Tensor, interventions: Sequence[Sequence[Intervention]], *, own_attention: bool = False
+    ) -> Tensor:
+        """Logits of every position, [B, T, V] float32, else as `forward`: for short texts, they are large."""
+        ids_BT = ids_BT.to(self.device)
+        with (
+            self._attention("eager" if own_attention else None),
+            self.armed(interventions, ids_BT.shape[1]) as check,
+            torch.no_grad(),
+        ):
+            self.tap.begin(len(ids_BT), self.device)
+            logits_BTV = self.model(ids_BT, use_cache=False).logits.float()
+            if not bool(logits_BTV.sum(-1).isfinite().all()):
+                raise NotFinite(self._blame(ids_BT))
+            check()
+        return logits_BTV
+
     def mean(self, site: str, ids_PT: Tensor) -> Tensor:
         """Mean of a site over all prompts and positions, [D] ([heads, W] at `attn.hook_z`): for mean ablations."""
         return self.forward(ids_PT, capture=[site]).cache[site].mean((0, 1))

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from raymi.experiments.sae.spec import SaeRef, SaeSpec, Work
+from raymi.experiments.sae.spec import SaeRef, SaeSpec
 from raymi.model import memory
 from raymi.model.engine import Engine, OutOfMemory, Way
 from raymi.model.hooked import NotFinite
@@ -33,8 +33,8 @@ class Task:
     engine: Engine
     spec: SaeSpec
     unit_id: str
-    items: tuple[tuple[str, tuple[Work, ...]], ...]
-    """(prompt id, what is done with its text), texts of one length."""
+    items: Sequence[tuple[str, Sequence[object]]]
+    """(prompt id, what is done with its text: autoencoders or injections), texts of one length."""
     prompts: Mapping[str, TokenizedPrompt]
     saes: Callable[[SaeRef], SAE]
     special: frozenset[int]

@@ -1,0 +1,187 @@
+"""A second opinion on a few measurements: full forwards by the family's own eager attention.
+
+Legend: T positions, N tokens that count, V vocabulary, O width of what is written.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from random import Random
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from raymi.experiments.sae.cells import Change, active_in, injected, name, without
+from raymi.experiments.sae.spec import Injection, SaeRef, SaeSpec, Work, cell_id
+from raymi.experiments.sae.texts import Task, clean, counting, ids_of, read, written
+from raymi.model.engine import Engine
+from raymi.model.hooked import Cell
+from raymi.model.interventions import Edit, replace
+from raymi.model.sites import NoSuchPlace, Site, parse
+from raymi.prompts import TokenizedPrompt
+from raymi.sae import SAE, Sparse
+
+Drawn = Sequence[tuple[SaeSpec, TokenizedPrompt, Work]]
+
+_SAME = 1e-3, 5e-2
+"""Relative differences of an activation, in float32 and in half precision, that may be noise."""
+
+
+class _Opinions(NamedTuple):
+    """Of one measurement."""
+
+    name: str
+    first: Tensor
+    """Logits as they are measured, [..., V]."""
+    second: Tensor
+    """By full forwards."""
+    clean: Tensor
+    """Unchanged, by full forwards."""
+    engine: str
+
+
+def verify(
+    engine: Engine,
+    drawn: Drawn,
+    saes: Callable[[SaeRef], SAE],
+    *,
+    special: frozenset[int],
+    model_id: str,
+    revision: str,
+) -> list[dict[str, Any]]:
+    """Measure both ways: an injection's logits, and those of every token that counts with an autoencoder spliced in.
+
+    Of `ablation` one feature that is active is also taken out both ways, and has a record of its own.
+
+    Args:
+        engine: the model, and the way it is measured.
+        drawn: which measurements, each with its experiment.
+        saes: opens an autoencoder, or has it open.
+        special: ids of the tokens that `skip.special` leaves out.
+        model_id: written into the records.
+        revision: written into the records.
+
+    Returns:
+        Records of table `verifications`, in the order of `drawn`; differences and effects in logits.
+    """
+    records: list[dict[str, Any]] = []
+    tolerance = engine.capability.tolerance
+    for spec, prompt, work in drawn:
+        items = ((prompt.prompt.id, (work,)),)
+        prompts = {prompt.prompt.id: prompt}
+        task = Task(engine, spec, "", items, prompts, saes, special, model_id, revision, "", 0)
+        for each in _opinions(task, prompt, work):
+            difference = float((each.first - each.second).abs().max())
+            records.append(
+                {
+                    "ablation_id": each.name,
+                    "model_id": model_id,
+                    "revision": revision,
+                    "prompt_id": prompt.prompt.id,
+                    "engine": each.engine,
+                    "max_logit_diff": difference,
+                    "effect": float((each.second - each.clean).abs().max()),
+                    "tolerance": tolerance,
+                    "passed": difference <= tolerance,
+                    "measured_at": datetime.now(UTC),
+                }
+            )
+    return records
+
+
+def _opinions(task: Task, prompt: TokenizedPrompt, work: Work) -> Iterator[_Opinions]:
+    if isinstance(work, Injection):
+        yield _of_change(task, injected(task.engine.model, prompt, work, task.saes(work.sae)))
+        return
+    yield from _of_splice(task, prompt, work)
+    if task.spec.measure == "ablation":
+        [found] = active_in(task, [work], [prompt])
+        if found.features:
+            yield _of_change(
+                task,
+                without(task, found, Random(f"{found.sae.name} {prompt.prompt.id}").randrange(len(found.features))),
+            )
+
+
+def _of_change(task: Task, change: Change) -> _Opinions:
+    """A single feature added or taken out: the cone against a full forward."""
+    assert change.edit is not None
+    ids_1T, cell = ids_of([change.prompt]), Cell(0, (change.edit,))
+    [batch] = task.engine.ablations(ids_1T, [cell])
+    full = task.engine.model.forward(ids_1T.expand(2, -1), [(), cell.interventions], own_attention=True).logits_BV
+    return _Opinions(name(task.model_id, change), batch.ablated_AV[0], full[1], full[0], task.engine.way)
+
+
+# -- an autoencoder spliced in -----------------------------------------------------------------------------------------
+
+
+def _of_splice(task: Task, prompt: TokenizedPrompt, ref: SaeRef) -> Iterator[_Opinions]:
+    """An autoencoder in the model's way wherever tokens count: going on from its site against two full forwards.
+
+    The second of these has in it what the autoencoder makes of the first one's activations.
+    """
+    model, sae, ids_1T = task.engine.model, task.saes(ref), ids_of([prompt])
+    counts_1T = counting(task.spec, ids_1T, task.special).to(model.device)
+    if not bool(counts_1T.any()):
+        return
+    run = clean(task, [ref], ids_1T, stop=False)
+    own = _captured(task, ref, ids_1T)
+    clean_NV = model.predictions(ids_1T, [()], own_attention=True)[counts_1T]
+    x_ND = read(sae, run.sites[ref.site])[counts_1T]
+    out_NO = sae.reconstruct(x_ND)
+    try:
+        hidden_1TD = run.again(ref.written, written(sae, run.sites[ref.written], counts_1T, out_NO), counts_1T)
+    except NoSuchPlace:
+        if task.spec.measure != "features":
+            raise
+        # Features can be read where nothing can be written; that the forward is right is what can be seen then.
+        first_NV, second_NV = run.unembed(run.hidden_BTD[counts_1T]), clean_NV
+    else:
+        first_NV = run.unembed(hidden_1TD[counts_1T])
+        own_NO = _out(sae, read(sae, own[ref.site])[counts_1T], x_ND, out_NO)
+        value = written(sae, own[ref.written], counts_1T, own_NO)
+        edit = _written(parse(ref.written, model.n_layers), value[0], counts_1T[0], own)
+        second_NV = model.predictions(ids_1T, [(edit,)], own_attention=True)[counts_1T]
+    cell = cell_id(task.model_id, prompt.token_ids, ref, ["splice", str(task.spec.skip)])
+    yield _Opinions(cell, first_NV, second_NV, clean_NV, "layers" if task.layers else "full")
+
+
+def _captured(task: Task, ref: SaeRef, ids_1T: Tensor) -> dict[str, Tensor]:
+    """What a full forward by the family's own attention has at an autoencoder's sites."""
+    model, sites = task.engine.model, {ref.site, ref.written}
+    at = parse(ref.written, model.n_layers)
+    if at.name == "hook_resid_mid":
+        sites.add(str(Site(at.layer, "hook_resid_pre")))
+    return model.forward(ids_1T, capture=sorted(sites), own_attention=True).cache
+
+
+def _out(sae: SAE, own_ND: Tensor, x_ND: Tensor, out_NO: Tensor) -> Tensor:
+    """What an autoencoder makes of the full forward's own activations, [N, O].
+
+    A feature at its threshold, or among the largest by a hair, may be active in one forward and not in the other: a
+    jump that is no mistake of either. At such tokens, if their activations are equal but for noise, the other forward's
+    output is taken, so that the rest can be compared.
+    """
+    own, other = sae.encode_sparse(own_ND), sae.encode_sparse(x_ND)
+    same = _SAME[0] if own_ND.dtype in (torch.float32, torch.float64) else _SAME[1]
+    alike_N = (own_ND - x_ND).float().norm(dim=-1) <= same * x_ND.float().norm(dim=-1)
+    jumped_N = torch.zeros_like(alike_N)
+    for one, two in ((own, other), (other, own)):
+        jumped_N[one.rows[torch.isin(_entries(one), _entries(two), invert=True)]] = True
+    return torch.where((alike_N & jumped_N)[:, None], out_NO, sae.reconstruct(own_ND, own))
+
+
+def _entries(features: Sparse) -> Tensor:
+    return features.rows * features.shape[-1] + features.indices
+
+
+def _written(site: Site, value_TX: Tensor, counts_T: Tensor, own: dict[str, Tensor]) -> Edit:
+    """The value at the positions that count, as an intervention."""
+    positions = tuple(counts_T.nonzero()[:, 0].tolist())
+    if site.layer is None:
+        site = Site(0, "hook_resid_pre")
+    elif site.name == "hook_resid_mid":
+        value_TX = value_TX - own[str(Site(site.layer, "hook_resid_pre"))][0]
+        site = Site(site.layer, "hook_attn_out")
+    assert site.layer is not None
+    return replace(site.layer, site.name, positions, value_TX[list(positions)])

@@ -26,14 +26,14 @@ def command(store_uri: str, as_json: bool) -> None:
     elif runs.is_empty():
         click.echo(f"No runs in {store_uri}. `raymi run JOB.yaml` makes one; --store names another store.")
     else:
-        header = ("run", "status", "models", "ablations", "failed", "started", "written")
+        header = ("run", "status", "models", "measured", "failed", "started", "written")
         now = datetime.now(UTC)
         cells = [
             [
                 run["run"],
                 run["status"],
                 str(run["models"]),
-                f"{run['ablations']:,}",
+                f"{run['measured']:,}",
                 str(run["failures"] or "-"),
                 f"{run['started'].astimezone():%m-%d %H:%M}",
                 ago(now - run["last_write"]) if run["last_write"] else "-",

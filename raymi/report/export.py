@@ -21,19 +21,21 @@ def as_json(value: Any) -> str:
 
 
 def as_record(report: Report) -> dict[str, Any]:
-    """A report as JSON values: the run, and the three tables as lists of records."""
+    """A report as JSON values: the run, and every table as a list of records."""
     run = report.run.model_dump(mode="json", include={"run", "created_at", "status_at", "commits", "versions"})
     return {
         **run,
         "status": status(report.run, report.driven),
-        "models": report.models.to_dicts(),
-        "layers": report.layers.to_dicts(),
-        "failures": report.failures.to_dicts(),
+        "measured": report.measured,
+        **{name: frame.to_dicts() for name, frame in _frames(report).items()},
+        **{name: frame.to_dicts() for name, frame in report.saes.tables.items()},
     }
 
 
 def write(report: Report, path: Path, kind: Format) -> list[Path]:
-    """Writes the tables as `models`, `layers` and `failures` into the folder `path`, or the first as the file `path`.
+    """Writes the tables into the folder `path`, or the first as the file `path`.
+
+    They are `models`, `layers` and `failures`, and those of autoencoders (`sae_quality`, ...) that are not empty.
 
     Args:
         report: what to write.
@@ -50,7 +52,8 @@ def write(report: Report, path: Path, kind: Format) -> list[Path]:
     if path.suffix == suffix:
         files = {path: report.models}
     else:
-        frames = {"models": report.models, "layers": report.layers, "failures": report.failures}
+        saes = {name: frame for name, frame in report.saes.tables.items() if not frame.is_empty()}
+        frames = {**_frames(report), **saes}
         files = {path / f"{name}{suffix}": frame for name, frame in frames.items()}
     try:
         for file, frame in files.items():
@@ -59,6 +62,10 @@ def write(report: Report, path: Path, kind: Format) -> list[Path]:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     return list(files)
+
+
+def _frames(report: Report) -> dict[str, pl.DataFrame]:
+    return {"models": report.models, "layers": report.layers, "failures": report.failures}
 
 
 def _writer(frame: pl.DataFrame, kind: Format) -> Callable[[Path], None]:

@@ -1,15 +1,15 @@
 """What a run found, as tables: per model, per layer, what failed; and what runs a store holds."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import polars as pl
 
+from raymi.report import query
+from raymi.report.query import collect
+from raymi.report.saes import Saes, saes
+from raymi.store import schemas
 from raymi.store.manifest import Manifest
 from raymi.store.reader import Store
-
-_ATTEMPTS = 5
-"""Readings of a store in which files are being merged: what was listed may be gone when it is opened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,10 @@ class Report:
     """One row a model, experiment and group of layers: `per_layer`."""
     failures: pl.DataFrame
     """What failed and has not been mended since: `open_failures`."""
+    saes: Saes
+    """What was measured with autoencoders."""
+    measured: int
+    """How much was measured in all, as plans count: `query.measured`."""
 
 
 def report(store: Store, ref: str | None = None) -> Report:
@@ -39,21 +43,30 @@ def report(store: Store, ref: str | None = None) -> Report:
     """
     run = store.find(ref)
     failures = open_failures(store, run)
-    return Report(run, store.is_driven(run), per_model(store, run, failures), per_layer(store, run), failures)
+    return Report(
+        run=run,
+        driven=store.is_driven(run),
+        models=per_model(store, run, failures),
+        layers=per_layer(store, run),
+        failures=failures,
+        saes=saes(store, run),
+        measured=query.measured(store, run),
+    )
 
 
 def runs(store: Store) -> pl.DataFrame:
     """One row a run, the one that was last issued at the end.
 
     Returns:
-        run, status (running, stopped, failed, done), models, ablations, failures (open ones), started, last_write.
+        run, status (running, stopped, failed, done), models, measured (as plans count: ablations, injections, texts by
+        each autoencoder that reads them), failures (open ones), started, last_write.
     """
     records = [
         {
             "run": run.run,
             "status": status(run, store.is_driven(run)),
             "models": len(run.commits),
-            "ablations": _collect(lambda run=run: store.scan("ablations", run.run).select(pl.len())).item(),
+            "measured": query.measured(store, run),
             "failures": open_failures(store, run).height,
             "started": run.created_at,
             "last_write": store.last_write(run.run),
@@ -61,7 +74,7 @@ def runs(store: Store) -> pl.DataFrame:
         for run in store.runs()
     ]
     time = pl.Datetime("us", "UTC")
-    kinds = {"run": pl.String(), "status": pl.String()} | dict.fromkeys(("models", "ablations", "failures"), pl.Int64())
+    kinds = {"run": pl.String(), "status": pl.String()} | dict.fromkeys(("models", "measured", "failures"), pl.Int64())
     return pl.DataFrame(records, schema={**kinds, "started": time, "last_write": time})
 
 
@@ -73,22 +86,21 @@ def status(run: Manifest, driven: bool) -> str:
 
 
 def per_model(store: Store, run: Manifest, failures: pl.DataFrame) -> pl.DataFrame:
-    """One row a model and experiment; models of which nothing was measured have one row with a null experiment.
+    """One row a model and knockout experiment; models on which there was none have one row with a null experiment.
 
     Returns:
         model_id, experiment, revision, dtype, device, ablations, mean_kl and max_kl (nats), mean_logit_diff (clean -
         ablated), the cell of the largest mean KL over prompts and edges (strongest_layers, strongest_heads,
-        strongest_kl); and of the model, over all its experiments: prompts, answer_prob (mean over prompts of the clean
-        P(answer)), answer_top1 (share of the prompts where the answer comes first), engine (how it was measured: cone,
-        layers, full), verified (ablations that were measured twice), agreed (of those), verified_error (largest
-        difference, in logits), load_seconds, failures.
+        strongest_kl); and of the model, over all its experiments, also those with autoencoders: prompts (of which the
+        next token was looked at), answer_prob (mean over prompts of the clean P(answer)), answer_top1 (share of the
+        prompts where the answer comes first), engine (how it was measured: cone, layers, full), verified (what was
+        measured twice), agreed (of those), verified_error (largest difference, in logits), load_seconds, failures.
     """
     by = ["model_id", "experiment"]
 
     def measured() -> pl.LazyFrame:
         rows = _ablations(store, run)
         effects = rows.group_by(by).agg(
-            pl.col("revision", "dtype").last(),
             pl.len().cast(pl.Int64).alias("ablations"),
             pl.col("kl").mean().alias("mean_kl"),
             pl.col("kl").max().alias("max_kl"),
@@ -101,16 +113,30 @@ def per_model(store: Store, run: Manifest, failures: pl.DataFrame) -> pl.DataFra
             pl.col("heads").first().alias("strongest_heads"),
             pl.col("kl").first().alias("strongest_kl"),
         )
-        clean = rows.group_by("model_id", "prompt_id").agg(
-            pl.col("answer_prob_clean", "answer_rank_clean").first(), pl.col("engine").unique()
-        )
-        baseline = clean.group_by("model_id").agg(
+        return effects.join(strongest, on=by, how="left")
+
+    def baseline() -> pl.LazyFrame:
+        of_prompts = ["model_id", "prompt_id", "answer_prob_clean", "answer_rank_clean"]
+        rows = [
+            store.scan(table, run.run).select(of_prompts) for table in ("ablations", "sae_injections", "sae_ablations")
+        ]
+        clean = pl.concat(rows).group_by("model_id", "prompt_id").agg(pl.all().drop_nulls().first())
+        return clean.group_by("model_id").agg(
             pl.len().cast(pl.Int64).alias("prompts"),
             pl.col("answer_prob_clean").mean().alias("answer_prob"),
             (pl.col("answer_rank_clean") == 0).mean().alias("answer_top1"),
-            pl.col("engine").explode().unique().sort().str.join(", "),
         )
-        return effects.join(strongest, on=by, how="left").join(baseline, on="model_id", how="left")
+
+    def how() -> pl.LazyFrame:
+        of_rows = ["model_id", "revision", "dtype"]
+        tables = {table: store.scan(table, run.run) for table in schemas.UNIT_TABLES}
+        # Which features are active is read off one clean forward, by whatever engine.
+        engine = {table: pl.lit(None, pl.String) if table == "sae_features" else pl.col("engine") for table in tables}
+        rows = pl.concat([rows.select(*of_rows, engine=engine[table]).unique() for table, rows in tables.items()])
+        engines = pl.col("engine").drop_nulls().unique().sort().str.join(", ")
+        return rows.group_by("model_id").agg(
+            pl.col("revision", "dtype").last(), pl.when(pl.col("engine").count() > 0).then(engines).alias("engine")
+        )
 
     def verified() -> pl.LazyFrame:
         return (
@@ -127,15 +153,17 @@ def per_model(store: Store, run: Manifest, failures: pl.DataFrame) -> pl.DataFra
         ready = store.scan("models", run.run).filter(pl.col("load_seconds").is_not_null())
         return ready.sort("loaded_at").group_by("model_id").agg(pl.col("device", "load_seconds").last())
 
-    found = _collect(measured)
-    known = [*run.commits, *found["model_id"], *failures["model_id"].drop_nulls()]
+    found = collect(measured)
+    rows = collect(how)
+    known = [*run.commits, *rows["model_id"], *failures["model_id"].drop_nulls()]
     failed = failures.group_by("model_id").agg(pl.len().cast(pl.Int64).alias("failures"))
     everyone = pl.DataFrame({"model_id": list(dict.fromkeys(known))}, schema={"model_id": pl.String()})
-    for each in (_collect(loads), _collect(verified), failed):
+    for each in (rows, collect(baseline), collect(loads), collect(verified), failed):
         everyone = everyone.join(each, on="model_id", how="left")
     table = everyone.join(found, on="model_id", how="left").with_columns(pl.col("ablations", "failures").fill_null(0))
+    of_model = ["prompts", "answer_prob", "answer_top1", "engine"]
     of_replicas = ["verified", "agreed", "verified_error", "load_seconds", "failures"]
-    order = ["model_id", "experiment", "revision", "dtype", "device", *found.columns[4:], *of_replicas]
+    order = ["model_id", "experiment", "revision", "dtype", "device", *found.columns[2:], *of_model, *of_replicas]
     return table.select(order).sort("model_id", "experiment")
 
 
@@ -147,7 +175,7 @@ def per_layer(store: Store, run: Manifest) -> pl.DataFrame:
         mean_logit_diff; ascending.
     """
     by = ["model_id", "experiment", "layers", "first_layer", "last_layer"]
-    table = _collect(
+    table = collect(
         lambda: (
             _ablations(store, run)
             .group_by(by)
@@ -177,7 +205,7 @@ def open_failures(store: Store, run: Manifest) -> pl.DataFrame:
             .group_by(by, maintain_order=True)
             .agg(pl.len().cast(pl.Int64).alias("attempts"), pl.col("kind", "message", "failed_at").last())
         )
-        units = store.scan("ablations", run.run).select("unit_id").unique()
+        units = query.units(store, run)
         loads = store.scan("models", run.run).group_by("model_id").agg(pl.col("loaded_at").max())
         of_units = last.filter(pl.col("unit_id").is_not_null()).join(units, on="unit_id", how="anti")
         of_models = last.filter(pl.col("unit_id").is_null()).join(loads, on="model_id", how="left")
@@ -186,7 +214,7 @@ def open_failures(store: Store, run: Manifest) -> pl.DataFrame:
         of_models = of_models.filter(~mended & (run.status != "done")).drop("loaded_at")
         return pl.concat([of_units, of_models]).sort("failed_at")
 
-    return _collect(unmended).select("model_id", "unit_id", "stage", "kind", "message", "attempts", "failed_at")
+    return collect(unmended).select("model_id", "unit_id", "stage", "kind", "message", "attempts", "failed_at")
 
 
 def _ablations(store: Store, run: Manifest) -> pl.LazyFrame:
@@ -211,13 +239,3 @@ def _label(column: str) -> pl.Expr:
         .then(pl.format("{}-{}", low, high))
         .otherwise(indices.cast(pl.List(pl.String)).list.join(","))
     )
-
-
-def _collect(query: Callable[[], pl.LazyFrame]) -> pl.DataFrame:
-    """The rows of a query, planned again when a file that it was to read has been merged into another."""
-    for _ in range(_ATTEMPTS - 1):
-        try:
-            return query().collect()
-        except (OSError, pl.exceptions.ComputeError):
-            continue
-    return query().collect()

@@ -52,7 +52,7 @@ def test_runs_lists_them(folder: Path) -> None:
     result = call("runs", "--store", folder)
     assert result.exit_code == 0
     header, first, second = result.output.splitlines()
-    assert header.split() == ["run", "status", "models", "ablations", "failed", "started", "written"]
+    assert header.split() == ["run", "status", "models", "measured", "failed", "started", "written"]
     assert first.split()[:5] == ["older-00000000", "done", "0", "0", "-"]
     assert second.split()[:5] == [RUN, "failed", "2", "152", "3"]
     assert all(len(line) <= 80 for line in result.output.splitlines())
@@ -60,7 +60,7 @@ def test_runs_lists_them(folder: Path) -> None:
 
 def test_runs_as_json(folder: Path) -> None:
     runs = json.loads(call("runs", "--store", folder, "--json").output)
-    assert [(run["run"], run["ablations"]) for run in runs] == [("older-00000000", 0), (RUN, 152)]
+    assert [(run["run"], run["measured"]) for run in runs] == [("older-00000000", 0), (RUN, 152)]
     assert runs[0]["last_write"] is None
     assert runs[1]["started"].endswith("+00:00")
 

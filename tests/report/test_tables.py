@@ -186,7 +186,7 @@ def test_runs_say_how_they_stand(store: Store) -> None:
         ("running-1", "running"),
     ]
     row = only(runs.filter(pl.col("run") == "stopped-1"))
-    assert (row["models"], row["ablations"]) == (2, 2)
+    assert (row["models"], row["measured"]) == (2, 2)
     assert row["last_write"] >= row["started"]
 
 

@@ -38,9 +38,12 @@ Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidat
 """Names or shell patterns; one may stand alone."""
 
 
+NOTHING = "found nothing; allowed: at least one"
+
+
 def _some(value: Sized) -> Sized:
     if not value:
-        raise problem("found nothing; allowed: at least one")
+        raise problem(NOTHING)
     return value
 
 
@@ -65,6 +68,11 @@ def problems(each: Iterable[tuple[str, tuple[object, ...]]], *, found: object = 
         for message, loc in each
     ]
     return ValidationError.from_exception_data("job", details)
+
+
+def missing(field: str, *, found: object = None) -> ValidationError:
+    """The error for a field that is not there, as pydantic would give it."""
+    return ValidationError.from_exception_data("job", [InitErrorDetails(type="missing", loc=(field,), input=found)])
 
 
 def near(found: object, allowed: Iterable[str]) -> str:

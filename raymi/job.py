@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from fnmatch import filter as matching
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, model_validator
 from pydantic_core import ErrorDetails
 
+from raymi.corpus import Corpus
 from raymi.errors import UserError
-from raymi.experiments.axes import pieces_of
+from raymi.experiments.axes import Axis, Position, pieces_of
 from raymi.experiments.knockout.spec import KnockoutSpec
-from raymi.fields import Fields, Names, NotEmpty, near, problem, say
+from raymi.experiments.sae.spec import SaeSpec
+from raymi.fields import NOTHING, Fields, Names, NotEmpty, missing, near, problem, say
 from raymi.prompts import Bos, Prompt
 from raymi.promptsets import resolve
 from raymi.yamlfile import YamlFile
@@ -51,6 +53,26 @@ class Models(Fields):
         return {"include": cast(object, data)} if isinstance(data, str | list | tuple) else data
 
 
+Spec = KnockoutSpec | SaeSpec
+_KINDS: Mapping[str, type[Spec]] = {"knockout": KnockoutSpec, "sae": SaeSpec}
+
+
+def _experiment(value: object, info: ValidationInfo) -> Any:
+    """An experiment of the kind that it says. The error of a union would say what is wrong for each of the kinds."""
+    if not isinstance(value, Mapping):
+        return value
+    kind = cast(Mapping[str, object], value).get("kind", _MISSING)
+    if kind is _MISSING:
+        raise missing("kind", found=value)
+    spec = _KINDS.get(kind) if isinstance(kind, str) else None
+    if spec is None:
+        raise problem(f"found {kind!r}; allowed: {', '.join(_KINDS)}{near(kind, _KINDS)}", "kind", found=kind)
+    return spec.model_validate(value, context=info.context)
+
+
+_MISSING = object()
+
+
 class Job(Fields):
     """A job with its prompts read: what travels to the replicas, and into the manifest, as JSON."""
 
@@ -59,10 +81,11 @@ class Job(Fields):
     models: Models = Models()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Annotated[str, BeforeValidator(_device)] = "auto"
-    prompts: Annotated[tuple[Prompt, ...], BeforeValidator(resolve), NotEmpty]
+    prompts: Annotated[tuple[Prompt, ...], BeforeValidator(resolve)] = ()
+    """There may be none where every experiment has a corpus."""
     bos: Bos = "auto"
     chat_template: bool = Field(default=False, strict=True)
-    experiments: Annotated[tuple[KnockoutSpec, ...], NotEmpty]
+    experiments: Annotated[tuple[Annotated[Spec, BeforeValidator(_experiment)], ...], NotEmpty]
     top_k: int = Field(default=10, strict=True, ge=0)
     """How many of the most changed tokens a row holds."""
     seed: int = Field(default=0, strict=True)
@@ -85,17 +108,23 @@ class Job(Fields):
                 raise problem(
                     f"found {spec.name!r} again; every experiment has a name of its own", "experiments", index
                 )
-            self._has_what_it_measures(spec, index)
+            if _corpus(spec) is None:
+                self._has_what_it_measures(spec, index)
+        for index, prompt in enumerate(self.prompts):
+            if any(corpus.holds(prompt.id) for corpus in self.corpora):
+                raise problem(f"found the id {prompt.id!r}, which is that of a corpus's chunk", "prompts", index)
         return self
 
-    def _has_what_it_measures(self, spec: KnockoutSpec, index: int) -> None:
+    def _has_what_it_measures(self, spec: Spec, index: int) -> None:
         """Whether there are the prompts that an experiment chooses, and in them the pieces of text that it names."""
+        if not self.prompts:
+            raise missing("prompts") if "prompts" not in self.model_fields_set else problem(NOTHING, "prompts")
         ids = [prompt.id for prompt in self.prompts]
         for at, pattern in enumerate(spec.prompts):
             if not matching(ids, pattern):
                 message = f"found {pattern!r}, which matches the id of no prompt{near(pattern, ids)}"
                 raise problem(message, "experiments", index, "prompts", at)
-        for field, axis in (("queries", spec.queries), ("keys", spec.keys)):
+        for field, axis in _positions(spec):
             for piece in pieces_of(axis):
                 for prompt in self.prompts:
                     if spec.chooses(prompt.id) and prompt.piece(piece) is None:
@@ -113,6 +142,34 @@ class Job(Fields):
     def pieces(self) -> frozenset[str]:
         """The pieces of text whose positions its experiments name."""
         return frozenset[str]().union(*(spec.pieces for spec in self.experiments))
+
+    @property
+    def corpora(self) -> tuple[Corpus, ...]:
+        """The corpora of its experiments, each once."""
+        found = [corpus for spec in self.experiments if (corpus := _corpus(spec))]
+        return tuple({(corpus.id, corpus.chunks): corpus for corpus in found}.values())
+
+    @property
+    def sae_experiments(self) -> tuple[SaeSpec, ...]:
+        """Those that need autoencoders."""
+        return tuple(spec for spec in self.experiments if isinstance(spec, SaeSpec))
+
+    def chooses(self, spec: Spec, prompt_id: str) -> bool:
+        """Whether an experiment measures a text: a prompt of the job, or a chunk of its own corpus."""
+        if not spec.chooses(prompt_id):
+            return False
+        return _corpus(spec) is not None or not any(corpus.holds(prompt_id) for corpus in self.corpora)
+
+
+def _corpus(spec: Spec) -> Corpus | None:
+    return spec.corpus if isinstance(spec, SaeSpec) else None
+
+
+def _positions(spec: Spec) -> list[tuple[str, Axis[Position]]]:
+    """The axes along which an experiment names positions, by field."""
+    if isinstance(spec, SaeSpec):
+        return [("positions", spec.positions)]
+    return [("queries", spec.queries), ("keys", spec.keys)]
 
 
 def load_job(path: Path, sets: Sequence[str] = ()) -> Job:

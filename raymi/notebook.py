@@ -327,7 +327,7 @@ class Model:
             for unit in work
         ]
         frame = _with_texts(pa.concat_tables(tables), self.tokenizer, read.tokens)
-        asked = [ablation for unit in work for _, ablations in unit.items for ablation in ablations]
+        asked = [ablation for unit in work for _, ablations in unit.of(Ablation) for ablation in ablations]
         return Knockouts(read, _in_order(frame, asked), torch.cat(keeping.units) if keep_logits else None)
 
     def _check_past(self, n_tokens: int) -> None:

@@ -7,21 +7,32 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import sha256
 from random import Random
+from typing import TypeVar
 
 from raymi.catalog import CachedModel
 from raymi.errors import UserError
 from raymi.experiments.knockout.spec import Ablation, KnockoutSpec, ablations, check
-from raymi.job import Job
+from raymi.experiments.sae.spec import Injection, SaeRef, SaeSpec
+from raymi.experiments.sae.spec import work as sae_work
+from raymi.job import Job, Spec
 from raymi.model.sizes import METRIC_SLICE, UNEMBEDDED, Shape, row_bytes, rows_per_batch
 from raymi.prompts import TokenizedPrompt
 
 UNIT_VERSION = 1
 """Raised when rows of the same unit would mean something else, so that they are measured again."""
 
+Work = Ablation | SaeRef | Injection
+"""What is measured of one text: an ablation, an injection, or whatever one autoencoder makes of all of it."""
+
+Saes = Mapping[str, Sequence[SaeRef]]
+"""The autoencoders that a model's experiments use, by the name of the experiment."""
+
+W = TypeVar("W", Ablation, SaeRef, Injection)
+
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What is leased, retried and committed: a block of ablations of one experiment on one model.
+    """What is leased, retried and committed: a block of work of one experiment on one model.
 
     Units are cut by a pure integer rule, so the same job on the same commit gives the same units everywhere.
     """
@@ -29,14 +40,21 @@ class Unit:
     unit_id: str
     experiment: str
     """Name of the experiment within the job."""
-    items: tuple[tuple[str, tuple[Ablation, ...]], ...]
-    """(prompt id, its ablations), prompts of equal token length only."""
+    items: tuple[tuple[str, tuple[Work, ...]], ...]
+    """(prompt id, what is measured of it), prompts of equal token length only; work of one kind only."""
     flops: int
     """Arithmetic by the causal cone (by full forwards where the job asks for those), for planning and progress."""
 
     @property
     def n_ablations(self) -> int:
-        return sum(len(ablations) for _, ablations in self.items)
+        """How much is measured: ablations, injections, and texts by each autoencoder that reads them."""
+        return sum(len(work) for _, work in self.items)
+
+    def of(self, kind: type[W]) -> list[tuple[str, tuple[W, ...]]]:
+        """Its items, whose work is all of this kind."""
+        found = [(prompt_id, tuple(each for each in work if isinstance(each, kind))) for prompt_id, work in self.items]
+        assert all(len(kept) == len(work) for (_, kept), (_, work) in zip(found, self.items, strict=True))
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +62,7 @@ class CutRule:
     """Where units end. Frozen in a run's manifest: another rule would give units of other names, and rows twice."""
 
     unit_ablations: int = 512
-    """Most ablations of a unit."""
+    """Most ablations of a unit, or of what else it holds."""
     unit_flops: int = 4_000_000_000_000
     """Most arithmetic of a unit by the causal cone, as long as it holds one ablation."""
 
@@ -113,7 +131,8 @@ def _refusal(job: Job, model: CachedModel, *, named: bool) -> Rejected | None:
         return Rejected(model.id, f"{size} parameters, where the job allows {limit:,}", named=False)
     try:
         for spec in job.experiments:
-            check(spec, *_shape(model))
+            if isinstance(spec, KnockoutSpec):
+                check(spec, *_shape(model))
     except UserError as error:
         return Rejected(model.id, str(error), named=True)
     return None
@@ -126,12 +145,18 @@ def _shape(model: CachedModel) -> tuple[int, int]:
 
 
 def units(
-    job: Job, spec: KnockoutSpec, model: CachedModel, prompts: Sequence[TokenizedPrompt], rule: CutRule | None = None
+    job: Job,
+    spec: Spec,
+    model: CachedModel,
+    prompts: Sequence[TokenizedPrompt],
+    rule: CutRule | None = None,
+    saes: Sequence[SaeRef] = (),
 ) -> list[Unit]:
     """The units of one experiment on one model, for one generation of prompts.
 
-    Called for every generation (prompts that came into the run together), so that later prompts leave earlier units as
-    they are. A unit holds prompts of one token length, and its id covers all that its rows depend on.
+    Called for every generation (prompts that came into the run together, or the chunks of a corpus), so that later
+    prompts leave earlier units as they are. A unit holds prompts of one token length, and its id covers all that its
+    rows depend on.
 
     Args:
         job: for its dtype.
@@ -139,6 +164,7 @@ def units(
         model: the model, at one commit.
         prompts: a generation of the job's prompts as the model reads them; those that `spec` does not choose are left.
         rule: where units end; by default as the job says.
+        saes: the autoencoders that `spec` uses on the model (`experiments.sae.resolve`).
 
     Raises:
         UserError: a prompt is longer than the model's context, or has not what the experiment cuts.
@@ -146,17 +172,26 @@ def units(
     rule = rule or CutRule(unit_ablations=job.unit_ablations)
     by_length: dict[int, list[TokenizedPrompt]] = {}
     for prompt in prompts:
-        if spec.chooses(prompt.prompt.id):
+        if job.chooses(spec, prompt.prompt.id):
             _fits(prompt, model)
             by_length.setdefault(len(prompt.token_ids), []).append(prompt)
-    about = [UNIT_VERSION, model.id, model.revision, job.dtype, spec.canonical, job.top_k]
-    full = job.engine == "full"
+    about = [UNIT_VERSION, model.id, model.revision, job.dtype, spec.canonical]
+    if isinstance(spec, KnockoutSpec) or spec.measure in ("injection", "ablation"):
+        about.append(job.top_k)
     cut: list[Unit] = []
     for n_tokens, bucket in sorted(by_length.items()):
         cost = Cost.of(model, n_tokens)
-        work = ((prompt, ablations(spec, prompt, *_shape(model))) for prompt in bucket)
-        cut += [_unit(about, spec.name, block, cost, full=full) for block in _blocks(work, rule, cost)]
+        price = _Price(spec, cost, full=job.engine == "full")
+        work = ((prompt, _work(spec, prompt, model, saes)) for prompt in bucket)
+        cut += [_unit(about, spec.name, block, price) for block in _blocks(work, rule, price)]
     return cut
+
+
+def _work(spec: Spec, prompt: TokenizedPrompt, model: CachedModel, saes: Sequence[SaeRef]) -> Sequence[Work]:
+    """All that an experiment measures of one prompt."""
+    if isinstance(spec, SaeSpec):
+        return sae_work(spec, prompt, saes)
+    return ablations(spec, prompt, *_shape(model))
 
 
 def _fits(prompt: TokenizedPrompt, model: CachedModel) -> None:
@@ -167,18 +202,18 @@ def _fits(prompt: TokenizedPrompt, model: CachedModel) -> None:
         )
 
 
-Block = list[tuple[TokenizedPrompt, tuple[Ablation, ...]]]
+Block = list[tuple[TokenizedPrompt, tuple[Work, ...]]]
 
 
-def _blocks(work: Iterable[tuple[TokenizedPrompt, list[Ablation]]], rule: CutRule, cost: "Cost") -> Iterator[Block]:
-    """The same ablations in the same order, as many at a time as the rule allows.
+def _blocks(work: Iterable[tuple[TokenizedPrompt, Sequence[Work]]], rule: CutRule, price: "_Price") -> Iterator[Block]:
+    """The same work in the same order, as much at a time as the rule allows.
 
     A prompt that fits into a block is not split over two: its clean run would be made twice.
     """
     block: Block = []
     room, flops = rule.unit_ablations, rule.unit_flops
     for prompt, its in work:
-        costs = [cost.cone(a) for a in its]
+        costs = [price.cut(each) for each in its]
         if block and (len(its) > room or sum(costs) > flops):
             yield block
             block, room, flops = [], rule.unit_ablations, rule.unit_flops
@@ -197,21 +232,28 @@ def _blocks(work: Iterable[tuple[TokenizedPrompt, list[Ablation]]], rule: CutRul
         yield block
 
 
-def _unit(about: Sequence[object], experiment: str, block: Block, cost: "Cost", *, full: bool) -> Unit:
+def _unit(about: Sequence[object], experiment: str, block: Block, price: "_Price") -> Unit:
     # Ids of prompts may be the user's, who may write another text under the same id: tokens tell.
-    items = [
-        [p.prompt.id, p.token_ids, p.answer_id, p.wrong_id, [(a.layers, a.heads, a.edges) for a in part]]
-        for p, part in block
-    ]
+    items = [[p.prompt.id, p.token_ids, p.answer_id, p.wrong_id, [_said(each) for each in part]] for p, part in block]
     text = json.dumps([about, items], separators=(",", ":"))
     # Every prompt is also run clean.
-    measured = sum(cost.full if full else cost.cone(ablation) for _, part in block for ablation in part)
     return Unit(
         unit_id=sha256(text.encode()).hexdigest()[:16],
         experiment=experiment,
         items=tuple((prompt.prompt.id, part) for prompt, part in block),
-        flops=len(block) * cost.full + measured,
+        flops=len(block) * price.clean + sum(price.measured(each) for _, part in block for each in part),
     )
+
+
+def _said(work: Work) -> Sequence[object]:
+    """What the name of a unit depends on."""
+    match work:
+        case Ablation():
+            return work.layers, work.heads, work.edges
+        case SaeRef():
+            return work.identity
+        case Injection():
+            return [work.sae.identity, work.feature, work.strength, work.positions]
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,13 +265,14 @@ class Cost:
     per_position: int
     """Of one position through one layer: its weights, and attention to the whole prompt."""
     unembedding: int
+    hidden: int
 
     @classmethod
     def of(cls, model: CachedModel, n_tokens: int) -> "Cost":
         hidden, vocabulary, n_layers = model.hidden_size or 0, model.vocab_size or 0, max(1, model.n_layers or 1)
         # A head of its own counts among the layers' weights: the catalog does not say whether it is tied.
         weights = max(0, (model.parameters or 0) - vocabulary * hidden) // n_layers
-        return cls(n_layers, n_tokens, 2 * weights + 4 * n_tokens * hidden, 2 * vocabulary * hidden)
+        return cls(n_layers, n_tokens, 2 * weights + 4 * n_tokens * hidden, 2 * vocabulary * hidden, hidden)
 
     @property
     def full(self) -> int:
@@ -238,8 +281,70 @@ class Cost:
 
     def cone(self, ablation: Ablation) -> int:
         """One ablation, from its first layer and its first query on."""
-        layers, positions = self.n_layers - ablation.layers[0], self.n_tokens - ablation.edges[0][0]
+        return self.restarted(ablation.layers[0], ablation.edges[0][0])
+
+    def restarted(self, layer: int, position: int) -> int:
+        """From a layer and a position on, one position unembedded."""
+        layers, positions = max(0, self.n_layers - layer), self.n_tokens - position
         return layers * positions * self.per_position + self.unembedding
+
+
+ACTIVE = 32
+"""Features that are taken for active at one token: plans are made before anything is encoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Price:
+    """What an experiment's work costs on a model, at one prompt length.
+
+    Args:
+        spec: the experiment.
+        cost: of the model.
+        full: whether all is measured by full forwards.
+    """
+
+    spec: Spec
+    cost: Cost
+    full: bool
+
+    @property
+    def clean(self) -> int:
+        """The clean run of a prompt."""
+        everywhere = isinstance(self.spec, SaeSpec) and self.spec.measure == "quality"
+        return self.cost.full + everywhere * self._elsewhere
+
+    def cut(self, work: Work) -> int:
+        """What decides where units end, whatever the engine."""
+        match work:
+            case Ablation():
+                return self.cost.cone(work)
+            case Injection():
+                return self.cost.restarted(work.sae.layer, work.positions[0])
+            case SaeRef():
+                return self._of_sae(work, self.cost.restarted(work.layer, 0))
+
+    def measured(self, work: Work) -> int:
+        """What it takes with the job's engine."""
+        if not self.full:
+            return self.cut(work)
+        return self._of_sae(work, self.cost.full) if isinstance(work, SaeRef) else self.cost.full
+
+    def _of_sae(self, sae: SaeRef, forward: int) -> int:
+        """All that is made of one text with an autoencoder, given what one forward takes that starts at its site."""
+        assert isinstance(self.spec, SaeSpec)
+        encoded = 2 * self.cost.n_tokens * self.cost.hidden * sae.d_sae
+        match self.spec.measure:
+            case "features":
+                return encoded
+            case "ablation":
+                return encoded + min(sae.d_sae, ACTIVE * self.cost.n_tokens) * forward
+            case _:  # with its output, and with zeros in the place
+                return encoded + 2 * (forward + self._elsewhere)
+
+    @property
+    def _elsewhere(self) -> int:
+        """Unembedding all positions but one."""
+        return (self.cost.n_tokens - 1) * self.cost.unembedding
 
 
 def full_forward_flops(model: CachedModel, n_tokens: int) -> int:
@@ -247,20 +352,29 @@ def full_forward_flops(model: CachedModel, n_tokens: int) -> int:
     return Cost.of(model, n_tokens).full
 
 
-def drawn(job: Job, model: CachedModel, prompts: Sequence[TokenizedPrompt]) -> list[tuple[TokenizedPrompt, Ablation]]:
-    """The ablations that are measured twice, once by full forwards: `job.verify` of them, drawn by the job's seed.
+def drawn(
+    job: Job, model: CachedModel, prompts: Sequence[TokenizedPrompt], saes: Saes | None = None
+) -> list[tuple[Spec, TokenizedPrompt, Work]]:
+    """What is measured twice, once by full forwards: `job.verify` pieces of work, drawn by the job's seed.
+
+    Every experiment has its turn, however many texts the others have.
 
     Args:
         job: the job.
         model: the model.
         prompts: as the model reads them.
+        saes: the autoencoders of its experiments.
     """
     random = Random(f"{job.seed} {model.id}")
-    choices = [(spec, prompt) for spec in job.experiments for prompt in prompts if spec.chooses(prompt.prompt.id)]
-    found: list[tuple[TokenizedPrompt, Ablation]] = []
-    for spec, prompt in random.choices(choices, k=job.verify) if choices else []:
-        if its := ablations(spec, prompt, *_shape(model)):
-            found.append((prompt, random.choice(its)))
+    choices = {spec.name: [each for each in prompts if job.chooses(spec, each.prompt.id)] for spec in job.experiments}
+    turns = [spec for spec in job.experiments if choices[spec.name]]
+    random.shuffle(turns)
+    found: list[tuple[Spec, TokenizedPrompt, Work]] = []
+    for number in range(job.verify if turns else 0):
+        spec = turns[number % len(turns)]
+        prompt = random.choice(choices[spec.name])
+        if its := _work(spec, prompt, model, (saes or {}).get(spec.name, ())):
+            found.append((spec, prompt, random.choice(its)))
     return found
 
 
@@ -319,9 +433,10 @@ def estimate(
     shape = Shape(model.n_heads or 1, hidden, model.intermediate_size or 4 * hidden, vocabulary, size)
     weights = (model.parameters or model.size_on_disk // 2) * size
     full = job.engine == "full"
+    specs = {spec.name: spec for spec in job.experiments}
     forwards, widest = 0, 0
     for unit in units:
-        for n_rows, computed, attended in _batches(unit, prompts, full=full):
+        for n_rows, computed, attended in _batches(specs[unit.experiment], unit, prompts, full=full):
             most = rows_per_batch(shape, computed, attended, rates.device, rates.free_bytes)
             forwards += 1 + -(-n_rows // most)
             widest = max(widest, min(n_rows, most) * row_bytes(shape, computed, attended))
@@ -330,6 +445,7 @@ def estimate(
     processor = "cpu" if rates.device == "cpu" else "gpu"
     logits = min(UNEMBEDDED[processor], max((unit.n_ablations for unit in units), default=0) * vocabulary) * 4
     work = kept + max(widest, row_bytes(shape, longest, longest)) + 2 * logits + 6 * 4 * METRIC_SLICE[processor]
+    autoencoders = _sae_bytes(units, hidden)
     # While it loads, a process on the CPU also holds the file that the weights are converted from.
     source = model.size_on_disk if rates.device == "cpu" else 0
     seconds = (
@@ -338,18 +454,58 @@ def estimate(
         + forwards * n_layers * rates.step_seconds
         + sum(unit.flops for unit in units) / (EFFICIENCY * rates.flops)
     )
-    return Estimate(seconds, rates.process_bytes + weights + max(source, work), forwards)
+    return Estimate(seconds, rates.process_bytes + weights + max(source, work + autoencoders), forwards)
 
 
-def _batches(unit: Unit, prompts: Mapping[str, TokenizedPrompt], *, full: bool) -> Iterator[tuple[int, int, int]]:
-    """(rows, positions computed, positions attended to) of what a unit's ablations go through the model in."""
+def _batches(
+    spec: Spec, unit: Unit, prompts: Mapping[str, TokenizedPrompt], *, full: bool
+) -> Iterator[tuple[int, int, int]]:
+    """(rows, positions computed, positions attended to) of what a unit's work goes through the model in."""
     n_tokens = len(prompts[unit.items[0][0]].token_ids)
-    if full:
-        yield unit.n_ablations + len(unit.items), n_tokens, n_tokens
+    if isinstance(spec, SaeSpec) and spec.measure == "features":
+        yield len(unit.items), n_tokens, n_tokens
         return
-    by_query = Counter(ablation.edges[0][0] for _, its in unit.items for ablation in its)
-    for query, n_rows in by_query.items():
-        yield n_rows + 1, n_tokens - query, n_tokens
+    if isinstance(spec, SaeSpec) and spec.measure == "quality":
+        for _ in range(2 * len(unit.items[0][1])):  # with each autoencoder's output, and with zeros in the place
+            yield len(unit.items), n_tokens, n_tokens
+        return
+    by_start: Counter[int] = Counter()
+    for _, its in unit.items:
+        for work in its:
+            rows = min(work.d_sae, ACTIVE * n_tokens) if isinstance(work, SaeRef) else 1
+            by_start[_first_position(work)] += rows
+    if full:
+        yield by_start.total() + len(unit.items), n_tokens, n_tokens
+        return
+    for start, n_rows in by_start.items():
+        yield n_rows + 1, n_tokens - start, n_tokens
+
+
+def _first_position(work: Work) -> int:
+    """The first that is computed again."""
+    match work:
+        case Ablation():
+            return work.edges[0][0]
+        case Injection():
+            return work.positions[0]
+        case SaeRef():
+            return 0
+
+
+SAE_ROWS, SAE_FEATURES = 1024, 8192
+"""What autoencoders encode at one time: tokens, and features of each."""
+
+
+def _sae_bytes(units: Sequence[Unit], hidden: int) -> int:
+    """Memory that the autoencoders of these units take: encoders and decoders, and what is encoded at one time."""
+    used = {
+        work.sae if isinstance(work, Injection) else work
+        for unit in units
+        for _, its in unit.items
+        for work in its
+        if not isinstance(work, Ablation)
+    }
+    return sum(2 * hidden * sae.d_sae * 4 for sae in used) + (2 * SAE_ROWS * SAE_FEATURES * 4 if used else 0)
 
 
 def _key_width(model: CachedModel) -> int:

@@ -65,7 +65,7 @@ def measure(job: Job, model: CachedModel, *, trust_remote_code: bool = False, al
 def _unit(job: Job, model: CachedModel, read: TokenizedPrompt) -> Unit:
     """The one ablation that cuts what the job's experiments would cut one after the other."""
     parts = [unit for spec in job.experiments for unit in units(job, spec, model, [read])]
-    cuts = [ablation for part in parts for _, ablations in part.items for ablation in ablations]
+    cuts = [ablation for part in parts for _, ablations in part.of(Ablation) for ablation in ablations]
     edges = tuple(sorted({edge for cut in cuts for edge in cut.edges}))
     return replace(parts[0], items=((read.prompt.id, (replace(cuts[0], edges=edges),)),))
 
@@ -105,7 +105,7 @@ def _measured(
     """The row that a run of the job would give, and two forwards by themselves for their times."""
     from raymi.experiments.knockout.run import run
 
-    [(_, (ablation,))] = unit.items
+    [(_, (ablation,))] = unit.of(Ablation)
     clean_top, clean_seconds, ablated_seconds = _forwards(loaded.model, read, ablation)
     table, seconds = _timed(
         lambda: run(

@@ -196,7 +196,11 @@ TWO_OF_AN_ID = "  - {id: a, text: b}\n  - {id: a, text: c}\n"
             "  - file: p.txt\n  - text",
             "4: prompts.0.file: found 'p.txt'; allowed: a file that ends in .jsonl",
         ),
-        ("kind: knockout", "kind: knokout", "8: experiments.0.kind: found 'knokout'; allowed: knockout (did you mean"),
+        (
+            "kind: knockout",
+            "kind: knokout",
+            "8: experiments.0.kind: found 'knokout'; allowed: knockout, sae (did you mean",
+        ),
         ("  - kind: knockout\n    layers", "  - layers", "8: experiments.0: kind is missing"),
         ("layers: all", "layrs: all", "9: experiments.0.layrs: unknown field"),
         ("layers: all", "layers: midle", "9: experiments.0.layers: found 'midle'; allowed: all, middle, an index"),

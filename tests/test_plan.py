@@ -379,10 +379,10 @@ def test_verified_ablations_are_drawn_by_seed_from_what_is_measured() -> None:
     one = job({"layers": "all", "heads": {"each": "all"}}, verify=5)
     texts = [prompt("a"), prompt("b", start=3)]
     measured = {(p.prompt.id, a) for p in texts for a in ablations(one.experiments[0], p, 30, 9)}
-    found = [(p.prompt.id, a) for p, a in drawn(one, model(), texts)]
+    found = [(p.prompt.id, a) for _, p, a in drawn(one, model(), texts)]
     assert len(found) == 5
     assert set(found) <= measured
-    assert found == [(p.prompt.id, a) for p, a in drawn(one, model(), texts)]
+    assert found == [(p.prompt.id, a) for _, p, a in drawn(one, model(), texts)]
     again = job({"layers": "all", "heads": {"each": "all"}}, verify=5, seed=1)
-    assert found != [(p.prompt.id, a) for p, a in drawn(again, model(), texts)]
+    assert found != [(p.prompt.id, a) for _, p, a in drawn(again, model(), texts)]
     assert drawn(job({"layers": "all"}, verify=0), model(), texts) == []

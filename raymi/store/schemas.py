@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from raymi.experiments.knockout.spec import SCHEMA as ABLATIONS
+from raymi.experiments.sae.spec import SCHEMAS as OF_SAES
 
 SCHEMA_VERSION = 1
 """Of the layout, the manifest and every table together; in each manifest and in each file's metadata."""
@@ -64,6 +65,30 @@ PROMPTS = pa.schema(
 )
 """One row a prompt as one model reads it."""
 
+SAES = pa.schema(
+    [
+        ("model_id", pa.string()),
+        ("revision", pa.string()),
+        ("experiment", pa.string()),
+        # What rows call it; where it is opened, with the commit; the commit, or the sha256 of local files.
+        ("sae", pa.string()),
+        ("where", pa.string()),
+        ("version", pa.string()),
+        # What it reads; what a transcoder predicts.
+        ("site", pa.string()),
+        ("site_out", pa.string()),
+        ("d_in", pa.int64()),
+        ("d_sae", pa.int64()),
+        ("architecture", pa.string()),
+        ("k", pa.int64()),
+        ("format", pa.string()),
+        ("dtype", pa.string()),
+        # As the job says it; null where the files say it, or there is none.
+        ("input_scale", pa.float64()),
+    ]
+)
+"""One row an autoencoder that an experiment found for one model: what the run measures from then on."""
+
 VOCABULARY = pa.schema(
     [("model_id", pa.string()), ("revision", pa.string()), ("token_id", pa.int32()), ("token", pa.string())]
 )
@@ -108,18 +133,24 @@ EVENTS = pa.schema([("model_id", pa.string()), ("kind", pa.string()), ("message"
 SCHEMAS: Mapping[str, pa.Schema] = {
     "models": MODELS,
     "prompts": PROMPTS,
+    "saes": SAES,
     "vocabulary": VOCABULARY,
     "ablations": ABLATIONS,
+    **OF_SAES,
     "verifications": VERIFICATIONS,
     "failures": FAILURES,
     "events": EVENTS,
 }
 
+UNIT_TABLES = ("ablations", *OF_SAES)
+"""Where units' rows go: all rows of a unit into one of them, at least one and all at once."""
+
 KEYS: Mapping[str, tuple[str, ...]] = {
     "prompts": ("model_id", "revision", "prompt_id"),
+    "saes": ("model_id", "revision", "experiment", "sae", "site"),
     "vocabulary": ("model_id", "revision", "token_id"),
 }
-"""What may stand in a table once only; the first row of a key wins. (`ablations` go by whole units.)"""
+"""What may stand in a table once only; the first row of a key wins. (`UNIT_TABLES` go by whole units.)"""
 
 
 def rows(table: str, records: Iterable[Mapping[str, Any]]) -> pa.Table:

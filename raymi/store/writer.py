@@ -81,14 +81,14 @@ class Run:
         Args:
             table: one of `schemas.SCHEMAS`.
             model_slug: `layout.slug` of the model's id; None for rows of the whole run.
-            data: of exactly the table's schema; the rows of a unit all at once.
+            data: of exactly the table's schema; the rows of a unit all at once, and in one table.
 
         Raises:
             ValueError: another schema.
         """
         schemas.check(table, data)
         group = table, model_slug or layout.NO_MODEL
-        if table == "ablations":
+        if table in schemas.UNIT_TABLES:
             data = self._new_units(data)
         elif table in schemas.KEYS:
             data = self._new_keys(group, data)
@@ -173,7 +173,7 @@ class Run:
             data = pa.concat_tables(self._buffers[table, model_slug].tables)
             self.write(table, model_slug, data)
             del self._buffers[table, model_slug]
-            if table == "ablations":
+            if table in schemas.UNIT_TABLES:
                 units = _units(data)
                 self._done |= units
                 self._buffered -= units
@@ -189,7 +189,8 @@ class Run:
         )
 
     def _read_units(self) -> set[str]:
-        return set(self._scan("ablations").select(pl.col("unit_id").unique()).collect()["unit_id"])
+        tables = [self._scan(table).select(pl.col("unit_id").unique()) for table in schemas.UNIT_TABLES]
+        return set(pl.concat(tables).collect()["unit_id"])
 
     def _scan(self, table: str, model_slug: str | None = None) -> pl.LazyFrame:
         folder = layout.partition(table, self.name) + (f"/model={model_slug}/" if model_slug else "/")

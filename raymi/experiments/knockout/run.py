@@ -43,7 +43,7 @@ def run(
         NotFinite, NotFired, OutOfMemory: from the model room.
     """
     ids_PT = torch.tensor([prompts[prompt_id].token_ids for prompt_id, _ in unit.items])
-    work = [(p, ablation) for p, (_, ablations) in enumerate(unit.items) for ablation in ablations]
+    work = [(p, ablation) for p, (_, ablations) in enumerate(unit.of(Ablation)) for ablation in ablations]
     cells = [Cell(p, masks(a)) for p, a in work]
     tables: list[pa.Table] = []
     done: list[int] = []

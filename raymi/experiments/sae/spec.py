@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import pyarrow as pa
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo, model_validator
 
 from raymi.corpus import Corpus
 from raymi.experiments.axes import Axis, Position, pieces_of, positions
@@ -41,6 +43,12 @@ class SaeRef:
         return self.site_out or self.site
 
     @property
+    def layer(self) -> int:
+        """The layer of the place that its output belongs to; embeddings count as the first."""
+        match = re.match(r"blocks\.(\d+)\.", self.written)
+        return int(match[1]) if match else 0
+
+    @property
     def identity(self) -> list[object]:
         """What its numbers depend on, beside the model and the text."""
         return [self.name, self.version, self.site, self.site_out, self.input_scale]
@@ -63,17 +71,34 @@ class SaeChoice(Fields):
     sae: str = Field(min_length=1)
     site: str | None = None
     """The hook point, where its files do not say."""
-    input_scale: float | None = Field(default=None, gt=0)
+    input_scale: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """What its inputs are multiplied with, where it normalises them by an average that no file states."""
+    _folder: Path | None = PrivateAttr(default=None)
+    """Of the job file, which a folder is relative to."""
 
     @model_validator(mode="before")
     @classmethod
     def _spell_out(cls, data: object) -> object:
         return {"sae": data} if isinstance(data, str) else data
 
+    @model_validator(mode="after")
+    def _is_a_place(self, info: ValidationInfo) -> "SaeChoice":
+        if self._folder is None:
+            self._folder = Path((info.context or {}).get("folder", Path())).absolute()
+        if not self.is_pattern and self.local is None and not _REPOSITORY.match(self.sae):
+            message = f"there is no folder {str(self._folder / self.sae)!r}, and repositories are written org/name:path"
+            raise problem(message, "sae")
+        return self
+
     @property
     def is_pattern(self) -> bool:
         return any(character in self.sae for character in "*?[")
+
+    @property
+    def local(self) -> Path | None:
+        """The folder that it names, or file, if there is one; such a name wins over a repository's."""
+        path = (self._folder or Path()) / Path(self.sae).expanduser()
+        return path if path.exists() else None
 
 
 class Skip(Fields):
@@ -87,6 +112,9 @@ class Skip(Fields):
     def __str__(self) -> str:
         parts = [*(["special tokens"] if self.special else []), *([f"the first {self.first}"] if self.first else [])]
         return " and ".join(parts) or "nothing"
+
+
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+(@|:|$)")
 
 
 def _listed(value: object) -> object:
@@ -114,16 +142,19 @@ class SaeSpec(Fields):
     skip: Skip = Skip()
     features: Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], BeforeValidator(_listed)] = ()
     """What to inject, each by itself."""
-    strengths: Annotated[tuple[float, ...], BeforeValidator(_listed)] = ()
+    strengths: Annotated[
+        tuple[Annotated[float, Field(strict=True, allow_inf_nan=False)], ...], BeforeValidator(_listed)
+    ] = ()
     positions: Axis[Position] = Axis[Position](each=("last",))
     """Where to inject."""
 
     @model_validator(mode="before")
     @classmethod
     def _named(cls, data: object) -> object:
-        if isinstance(data, dict) and "name" not in data and isinstance(data.get("measure"), str):  # pyright: ignore[reportUnknownMemberType]
-            return {**data, "name": data["measure"]}
-        return cast(object, data)
+        if not isinstance(data, Mapping):
+            return data
+        given = cast(Mapping[str, object], data)
+        return {"name": given["measure"], **given} if isinstance(given.get("measure"), str) else given
 
     @model_validator(mode="after")
     def _fits_together(self) -> "SaeSpec":
@@ -160,7 +191,7 @@ class SaeSpec(Fields):
         """Whether the prompt is one that this experiment measures."""
         if self.corpus is not None:
             return self.corpus.holds(prompt_id)
-        return "\n" not in prompt_id and any(fnmatchcase(prompt_id, pattern) for pattern in self.prompts)
+        return any(fnmatchcase(prompt_id, pattern) for pattern in self.prompts)
 
     @property
     def table(self) -> str:
@@ -180,20 +211,21 @@ Work = SaeRef | Injection
 
 
 def work(spec: SaeSpec, prompt: TokenizedPrompt, saes: Sequence[SaeRef]) -> tuple[Work, ...]:
-    """What an experiment measures on one text, ordered by (first position, autoencoder, feature, strength).
+    """What an experiment measures on one text, ordered by (first position, autoencoder, feature, strength), none twice.
 
     Raises UserError when the prompt has not a position that it names.
     """
     if spec.measure != "injection":
         return tuple(saes)
     places = sorted(positions(spec.name, spec.positions, prompt))
+    features, strengths = sorted(set(spec.features)), sorted(set(spec.strengths))
     return tuple(
         Injection(sae, feature, strength, at)
         for at in places
         for sae in saes
-        for feature in spec.features
+        for feature in features
         if feature < sae.d_sae
-        for strength in spec.strengths
+        for strength in strengths
     )
 
 

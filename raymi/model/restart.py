@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raymi.model.hooked import HookedModel, NotFinite
-from raymi.model.interventions import Intervention, replace
+from raymi.model.hooked import HookedModel, NotFinite, NotFired
+from raymi.model.interventions import EDITABLE, Intervention, replace
 from raymi.model.linear import quick_products
 from raymi.model.passing import EnoughError, passing_on, returned_beside, standing_in, unembed, with_hidden
 from raymi.model.sites import IN_ATTENTION, NoSuchPlace, Site, parse
@@ -61,31 +61,20 @@ class Restart:
             self._returned = self._forward([()] * len(ids_BT))
         self.sites = {str(site): cache[str(site)] for site in wanted}
         self._inputs = {site.layer: cache[str(site)] for site in inputs}
-        self._fed_the_embedding = "hook_embed" in self.sites and self._shares_the_embedding()
-        for name, value in self.sites.items() if self._returned is None else [("the last layer", self.hidden_BTD)]:
-            self._refuse_not_finite(value, f"at {name}")
+        of_clean = self.sites if self._returned is None else {"the end": self.hidden_BTD}
+        for name, value in of_clean.items():
+            if n_bad := _not_finite(value):
+                model.forward(self.ids_BT)  # says in which layer it begins
+                raise NotFinite(f"{model.name}: NaN or infinity at {name}, in {n_bad} of {len(value)} texts")
 
     def _inputs_of(self, wanted: Sequence[Site]) -> list[Site]:
         """The layer inputs that other forwards will need."""
-        layers: set[int] = set()
-        for site in wanted:
-            if site.layer is None:
-                # To be compared with it, where there is such a place.
-                layers |= {0} if self.model.blocks[0].resid is not None else set()
-            elif site.name == "hook_resid_mid" or (self.layers and site.name != "hook_resid_post"):
-                layers.add(site.layer)
-        return [Site(layer, "hook_resid_pre") for layer in sorted(layers)]
+        mid = {site.layer for site in wanted if site.name == "hook_resid_mid"}
+        skipping = {site.layer for site in wanted if site.name in EDITABLE and site.name != "hook_resid_post"}
+        return [Site(layer, "hook_resid_pre") for layer in (mid | skipping if self.layers else mid)]
 
     def _note(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         self._beside.append(returned_beside(output))
-
-    def _shares_the_embedding(self) -> bool:
-        """Whether the lowest layer is fed the embedding and nothing else; it is then not kept twice."""
-        embedded, given = self.sites["hook_embed"], self._inputs.get(0)
-        if given is None or not torch.equal(embedded, given):
-            return False
-        self._inputs[0] = embedded
-        return True
 
     @property
     def hidden_BTD(self) -> Tensor:
@@ -104,7 +93,8 @@ class Restart:
 
         Args:
             site: one of those that were kept, `ln2.hook_normalized` excepted.
-            value: what stands there, in the shape of `sites[site]`, in any dtype.
+            value: what stands there, in the shape of `sites[site]`, in any dtype. `hook_resid_mid` is written by way of
+                the attention's output, and so up to rounding.
             counts_BT: bool, where it stands there; elsewhere the activation stays as it is. None: everywhere.
 
         Returns:
@@ -115,46 +105,52 @@ class Restart:
             NotFinite: when a number is NaN or infinite.
             NotFired: when it was not written wherever it should have been.
         """
-        self._whole()
+        self._whole()  # else no inputs were kept
         clean = self.sites[site]
-        if value.shape != clean.shape:
-            raise NoSuchPlace(
-                f"a value of shape {list(value.shape)} does not fit {site}, which takes {list(clean.shape)}"
-            )
-        at, value = self._written(parse(site, self.model.n_layers), value.to(clean.device))
+        counts_BT = torch.ones(self.ids_BT.shape, dtype=torch.bool) if counts_BT is None else counts_BT
+        for what, given, taken in ((site, value, clean), ("the texts", counts_BT, self.ids_BT)):
+            if given.shape != taken.shape:
+                raise NoSuchPlace(f"{list(given.shape)} does not fit {what}, of shape {list(taken.shape)}")
+        at = parse(site, self.model.n_layers)
         with ExitStack() as stack:
-            if self.layers:
-                self._leave_out(at, clean, stack)
-            hidden_BTD: Tensor = self._forward(_replacing(at, value, counts_BT)).last_hidden_state
-        self._refuse_not_finite(hidden_BTD, f"behind the last layer, with other activations at {site}")
+            if at.layer is None:
+                hidden_BTD = self._from_embedding(value, counts_BT, stack)
+            else:
+                hidden_BTD = self._from_layer(at, value.to(clean.device), counts_BT, stack)
+        if n_bad := _not_finite(hidden_BTD):
+            where = f"at the end, with other activations at {site}"
+            raise NotFinite(f"{self.model.name}: NaN or infinity {where}, in {n_bad} of {len(value)} texts")
         return hidden_BTD
+
+    def _from_embedding(self, value_BTD: Tensor, counts_BT: Tensor, stack: ExitStack) -> Tensor:
+        # No block's site, so no intervention: written and counted here. All layers compute.
+        write = _Embedding(value_BTD, counts_BT)
+        stack.callback(self.model.model.get_input_embeddings().register_forward_hook(write).remove)
+        hidden_BTD: Tensor = self._forward([()] * len(self.ids_BT)).last_hidden_state
+        if write.times != 1:
+            raise NotFired(f"{self.model.name}: hook_embed should have been written once, and was {write.times} times")
+        return hidden_BTD
+
+    def _from_layer(self, site: Site, value: Tensor, counts_BT: Tensor, stack: ExitStack) -> Tensor:
+        assert site.layer is not None
+        if self.layers:
+            self._leave_out(site.layer, self.sites[str(site)] if site.name == "hook_resid_post" else None, stack)
+        name = site.name
+        if name == "hook_resid_mid":
+            name, value = "hook_attn_out", value - self._inputs[site.layer]
+        return self._forward(_replacing(site.layer, name, value, counts_BT)).last_hidden_state
 
     def unembed(self, hidden_ND: Tensor) -> Tensor:
         """Logits of hidden states, [N, V] float32, by whatever the model does behind its last layer."""
         return unembed(self.model, hidden_ND, self.ids_BT[:1, -1:], self._whole())
 
-    def _written(self, site: Site, value: Tensor) -> tuple[Site, Tensor]:
-        """Where to write what, for a value to stand at a site."""
-        if site.layer is None:
-            if not self._fed_the_embedding:
-                raise NoSuchPlace(
-                    f"{self.model.name}: hook_embed cannot be changed; its lowest layer is fed more than the embedding"
-                )
-            return Site(0, "hook_resid_pre"), value
-        if site.name == "hook_resid_mid":
-            return Site(site.layer, "hook_attn_out"), value - self._inputs[site.layer]
-        return site, value
-
-    def _leave_out(self, at: Site, clean: Tensor, stack: ExitStack) -> None:
-        """Until the stack is left, no layer below a site computes anything."""
-        assert at.layer is not None
-        behind = at.name == "hook_resid_post"
-        blocks = self.model.blocks[: at.layer + behind]
-        for block, beside in zip(blocks, self._beside, strict=False):
+    def _leave_out(self, layer: int, gave_BTD: Tensor | None, stack: ExitStack) -> None:
+        """Until the stack is left, no layer below this one computes, nor does it where `gave_BTD` says what it gave."""
+        blocks = self.model.blocks
+        for block, beside in zip(blocks[: layer + (gave_BTD is not None)], self._beside, strict=False):
             stack.enter_context(standing_in(block.module, passing_on(beside)))
-        enter = _entering(clean if behind else self._inputs[at.layer])
-        module = self.model.blocks[at.layer].module
-        stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        enter = _entering(self._inputs[layer] if gave_BTD is None else gave_BTD)
+        stack.callback(blocks[layer].module.register_forward_pre_hook(enter, with_kwargs=True).remove)
 
     def _forward(self, interventions: Sequence[Sequence[Intervention]]) -> Any:
         """What the backbone returns; None where a hook has ended the forward before."""
@@ -172,10 +168,10 @@ class Restart:
             check()
         return returned[0] if returned else None
 
-    def _refuse_not_finite(self, x: Tensor, where: str) -> None:
-        bad = (~x.isfinite().flatten(1).all(1)).nonzero()[:, 0].tolist()
-        if bad:
-            raise NotFinite(f"{self.model.name}: NaN or infinity {where}, in {len(bad)} of {len(x)} texts")
+
+def _not_finite(x: Tensor) -> int:
+    """In how many texts a number is NaN or infinite."""
+    return int((~x.isfinite().flatten(1).all(1)).sum())
 
 
 def _outside_the_attention(site: Site) -> Site:
@@ -189,13 +185,21 @@ def _entering(x_BTD: Tensor) -> Callable[..., Any]:
     return lambda _, args, kwargs: with_hidden(x_BTD, args, kwargs)
 
 
-def _replacing(at: Site, value: Tensor, counts_BT: Tensor | None) -> list[tuple[Intervention, ...]]:
+def _replacing(layer: int, site: str, value: Tensor, counts_BT: Tensor) -> list[tuple[Intervention, ...]]:
     """For each text, what writes its part of a value."""
-    assert at.layer is not None
-    if counts_BT is None:
-        counts_BT = torch.ones(value.shape[:2], dtype=torch.bool)
     positions_B = [tuple(counts_T.nonzero()[:, 0].tolist()) for counts_T in counts_BT.cpu()]
     return [
-        (replace(at.layer, at.name, positions, value[row, positions]),) if positions else ()
+        (replace(layer, site, positions, value[row, positions]),) if positions else ()
         for row, positions in enumerate(positions_B)
     ]
+
+
+class _Embedding:
+    """Writes into what the embedding gives."""
+
+    def __init__(self, value_BTD: Tensor, counts_BT: Tensor) -> None:
+        self.value_BTD, self.counts_BT, self.times = value_BTD, counts_BT, 0
+
+    def __call__(self, _: nn.Module, __: object, output: Tensor) -> Tensor:
+        self.times += 1
+        return torch.where(self.counts_BT[..., None].to(output.device), self.value_BTD.to(output), output)

@@ -15,7 +15,7 @@ Reading = Literal["as is", "transposed", "exponential", "scalar"]
 SITES = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z")
 """Where in a block of a model raymi can feed an autoencoder; besides these, `hook_embed`."""
 MLP_INPUT = "ln2.hook_normalized"
-"""What formats call a transcoder's input, by many names: what a block's MLP is fed."""
+"""What formats call a transcoder's input, by many names: what a block's MLP is fed. Read there, never written."""
 _SAME_MODEL = {"gpt2-small": "gpt2"}
 """TransformerLens's names of models whose last part is not that of their Hugging Face id."""
 
@@ -141,16 +141,17 @@ def check_fits(
     Raises:
         UserError: naming the file and what does not fit: the model, the site, the layer or the width.
     """
-    places = [(sae.site, sae.d_in)] + ([(sae.site_out, sae.d_out)] if sae.site_out else [])
+    places = [(sae.site, sae.d_in, (*SITES, MLP_INPUT) if sae.site_out else SITES)]
+    places += [(sae.site_out, sae.d_out, SITES)] if sae.site_out else []
     if not any_model and sae.model_id is not None and not same_model(sae.model_id, model_id):
         raise UserError(
             f"{sae.file}: this SAE was trained on {sae.model_id}, not on {model_id}",
             hint="`any_model` allows it where the sizes fit.",
         )
-    for site, width in places:
+    for site, width, allowed in places:
         if site is None:
             raise UserError(f"{sae.file}: its files do not say at which site of the model it belongs", hint="Name it.")
-        _check_site(sae, site, model_id, n_layers)
+        _check_site(sae, site, allowed, model_id, n_layers)
         expected = _width(sae, site, hidden_size, n_heads, head_dim)
         if expected is not None and width != expected:
             raise UserError(f"{sae.file}: this SAE takes {width} numbers at {site}, where {model_id} has {expected}")
@@ -162,12 +163,12 @@ def same_model(a: str, b: str) -> bool:
     return len({_SAME_MODEL.get(name, name) for name in names}) == 1
 
 
-def _check_site(sae: Description, site: str, model_id: str, n_layers: int) -> None:
+def _check_site(sae: Description, site: str, allowed: tuple[str, ...], model_id: str, n_layers: int) -> None:
     if site == "hook_embed":
         return
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", site)
-    if match is None or match[2] not in SITES:
-        known = ", ".join(["hook_embed", *(f"blocks.L.{name}" for name in SITES)])
+    if match is None or match[2] not in allowed:
+        known = ", ".join(["hook_embed", *(f"blocks.L.{name}" for name in allowed)])
         raise UserError(f"{sae.file}: raymi has no site {site!r} in {model_id}", hint=f"There are: {known}.")
     if int(match[1]) >= n_layers:
         raise UserError(f"{sae.file}: there is no {site} in {model_id}, whose layers are 0 to {n_layers - 1}")

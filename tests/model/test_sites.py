@@ -58,11 +58,18 @@ def test_a_block_is_the_sum_of_its_parts(family: str, hooked: Hooked):
 
 # What TransformerLens does not have under these names, or means differently by them.
 _ROTATED = {"attn.hook_rot_q", "attn.hook_rot_k"}
+THEIR_NAMES = {"ln2.hook_normalized": "mlp.hook_in"}
+"""The bridge's `ln2.hook_normalized` lacks the norm's bias, and is a post-norm's where there is one alone."""
 ELSEWHERE = {
     "gpt2": _ROTATED,
     "gpt_neox": _ROTATED,
     "phi3": _ROTATED,
-    "granite": {"hook_resid_mid", "hook_attn_out", "hook_mlp_out"},  # scaled before they are added
+    "granite": {
+        "hook_resid_mid",
+        "hook_attn_out",
+        "hook_mlp_out",
+        "ln2.hook_normalized",
+    },  # scaled before they are added
     "falcon": {"hook_mlp_out"},  # its tensor is one that Falcon went on to change
 }
 
@@ -78,11 +85,59 @@ def test_transformer_lens(family: str, hooked: Hooked):
         missing |= {name for name in NAMES if name.startswith("attn.") and name != "attn.hook_z"}
     for layer in (0, 3):
         for name in set(NAMES) - missing:
-            ours, lens = captured(model, ids_BT, layer, [name])[name], theirs[f"blocks.{layer}.{name}"]
+            ours, lens = (
+                captured(model, ids_BT, layer, [name])[name],
+                theirs[f"blocks.{layer}.{THEIR_NAMES.get(name, name)}"],
+            )
             assert ours.shape == lens.shape, name
             if name == "attn.hook_attn_scores":
                 lens = lens.masked_fill(lens < torch.finfo(lens.dtype).min / 4, -torch.inf)
             close(ours, lens)
+
+
+MLPS = {
+    "bloom": ("transformer.h.{}.mlp", "transformer.h.{}.post_attention_layernorm"),
+    "codegen": ("transformer.h.{}.mlp", "transformer.h.{}.ln_1"),
+    "cohere": ("model.layers.{}.mlp", "model.layers.{}.input_layernorm"),
+    "falcon": ("transformer.h.{}.mlp", "transformer.h.{}.input_layernorm"),
+    **dict.fromkeys(("gemma2", "gemma3_text"), ("model.layers.{}.mlp", "model.layers.{}.pre_feedforward_layernorm")),
+    **dict.fromkeys(("gpt2", "gpt_bigcode", "gpt_neo"), ("transformer.h.{}.mlp", "transformer.h.{}.ln_2")),
+    "gpt_neox": ("gpt_neox.layers.{}.mlp", "gpt_neox.layers.{}.post_attention_layernorm"),
+    "gptj": ("transformer.h.{}.mlp", "transformer.h.{}.ln_1"),
+    "llama4_text": ("model.layers.{}.feed_forward", "model.layers.{}.post_attention_layernorm"),
+    "mpt": ("transformer.blocks.{}.ffn", "transformer.blocks.{}.norm_2"),
+    "olmo2": ("model.layers.{}.mlp", ""),  # has a norm behind its MLP alone
+    "opt": ("model.decoder.layers.{}.fc1", "model.decoder.layers.{}.final_layer_norm"),
+    "phi": ("model.layers.{}.mlp", "model.layers.{}.input_layernorm"),
+}
+"""Family -> its MLP, and the norm that feeds it."""
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("family", [*(family for family in CONFIGS if family != "granite"), "gpt_bigcode"])
+def test_what_the_mlp_is_fed(family: str, hooked: Hooked, plain: Build):
+    """What a plain hook sees in front of the MLP: what the norm before it gives, its weights and bias included."""
+    model, ids_BT, fed, gave = plain(family), prompt(rows=2), dict[int, Tensor](), dict[int, Tensor]()
+    of_mlp, of_norm = MLPS.get(family, ("model.layers.{}.mlp", "model.layers.{}.post_attention_layernorm"))
+    handles = list[torch.utils.hooks.RemovableHandle]()
+    for layer in range(4):
+        mlp = model.get_submodule(of_mlp.format(layer))
+        handles.append(mlp.register_forward_pre_hook(lambda _, args, layer=layer: fed.update({layer: args[0]})))
+        if of_norm:
+            norm = model.get_submodule(of_norm.format(layer))
+            handles.append(norm.register_forward_hook(lambda *given, layer=layer: gave.update({layer: given[2]})))
+    with torch.no_grad():
+        model(ids_BT, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    for layer in range(4):
+        ours = captured(hooked(family), ids_BT, layer, ["ln2.hook_normalized"])["ln2.hook_normalized"]
+        assert ours.shape == (2, PROMPT, 32)
+        close(ours, fed[layer].view_as(ours))
+        if of_norm:
+            close(ours, gave[layer].view_as(ours))
+        else:
+            close(ours, captured(hooked(family), ids_BT, layer, ["hook_resid_mid"])["hook_resid_mid"])
 
 
 @pytest.mark.oracle
@@ -148,6 +203,8 @@ def test_names_survive_parsing(name: str):
     ("family", "site", "why"),
     [
         ("granite", "blocks.0.hook_attn_out", "granite .* hook_attn_out: .*does not sum"),
+        ("granite", "blocks.0.ln2.hook_normalized", "granite .* ln2.hook_normalized: .*does not sum"),
+        ("jamba", "blocks.0.ln2.hook_normalized", "jamba .* ln2.hook_normalized: this layer has no attention"),
         ("gpt_neox", "blocks.2.hook_resid_mid", "gpt_neox .* layer 2 .*hook_resid_mid: .*side by side"),
         ("bloom", "blocks.1.attn.hook_pattern", "bloom .*attn.hook_pattern.*own"),
     ],

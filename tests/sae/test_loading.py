@@ -1,6 +1,7 @@
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,9 +241,20 @@ def test_what_fits_a_model(config: dict[str, Any], model: dict[str, Any], words:
 
 def test_sites_of_autoencoders_are_sites_of_models() -> None:
     from raymi.model.sites import NAMES
-    from raymi.sae.description import SITES
+    from raymi.sae.description import MLP_INPUT, SITES
 
-    assert set(SITES) <= set(NAMES)
+    assert {*SITES, MLP_INPUT} <= set(NAMES)
+
+
+def test_an_mlps_input_is_where_transcoders_read(tmp_path: Path) -> None:
+    about = replace(load(saelens(tmp_path)).about, site="blocks.1.ln2.hook_normalized")
+    check_fits(replace(about, site_out="blocks.1.hook_mlp_out"), **FITS)
+    with pytest.raises(UserError, match=r"no site 'blocks\.1\.ln2\.hook_normalized'"):
+        check_fits(about, **FITS)  # no autoencoder can write there
+    with pytest.raises(UserError, match=r"no site 'blocks\.1\.ln2\.hook_normalized'"):
+        check_fits(replace(about, site_out=about.site), **FITS)
+    with pytest.raises(UserError, match=r"no blocks\.2\.ln2\.hook_normalized"):
+        check_fits(replace(about, site="blocks.2.ln2.hook_normalized", site_out="blocks.1.hook_mlp_out"), **FITS)
 
 
 def test_the_gpt2_of_transformer_lens_is_the_hubs(tmp_path: Path) -> None:

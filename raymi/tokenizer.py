@@ -22,6 +22,14 @@ def load_tokenizer(model: CachedModel, *, trust_remote_code: bool = False) -> An
         raise UserError(f"{model.id}: its tokenizer cannot be read: {error}") from error
 
 
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id")
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """The tokens that stand around texts, and not those of chat templates: as SAELens has it."""
+    return frozenset(token for name in _SPECIAL if (token := getattr(tokenizer, name, None)) is not None)
+
+
 def token_texts(tokenizer: Any, token_ids: Iterable[int]) -> dict[int, str]:
     """The readable text of every id. A head may be wider than the vocabulary: such an id is named by its number."""
     wanted = set(token_ids)

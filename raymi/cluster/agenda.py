@@ -1,6 +1,7 @@
 """What a run still has to do: the units of its models that are not in the store."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import polars as pl
@@ -9,19 +10,41 @@ from raymi.catalog import CachedModel
 from raymi.cluster.tokenised import from_rows
 from raymi.cluster.worker import Failed, failure
 from raymi.errors import UserError
+from raymi.experiments.sae.resolve import Record, refs
 from raymi.job import Job
-from raymi.plan import CutRule, Unit, full_forward_flops, units
+from raymi.plan import CutRule, Saes, Unit, full_forward_flops, units
 from raymi.prompts import Prompt, TokenizedPrompt
 from raymi.store.layout import slug
 from raymi.store.manifest import Manifest
 from raymi.store.reader import Store
+from raymi.store.schemas import UNIT_TABLES
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
-Stored = dict[tuple[str, str], dict[str, TokenizedPrompt]]
-"""Prompt id -> prompt, by model id and revision."""
+@dataclass(slots=True)
+class Known:
+    """What a run knows of one model before any process is started."""
+
+    prompts: dict[str, TokenizedPrompt] = field(default_factory=dict[str, TokenizedPrompt])
+    """By id; chunks of corpora among them."""
+    saes: list[Record] = field(default_factory=list[Record])
+    """Rows of table `saes`."""
+
+    def suffices(self, job: Job) -> bool:
+        """Whether nothing is to be tokenised, and no autoencoder to be found."""
+        # The chunks of a corpus come into the store all at once, as do the autoencoders of an experiment.
+        found = {row["experiment"] for row in self.saes}
+        return (
+            all(prompt.id in self.prompts for prompt in job.prompts)
+            and all(any(map(corpus.holds, self.prompts)) for corpus in job.corpora)
+            and all(spec.name in found for spec in job.sae_experiments)
+        )
+
+
+Stored = dict[tuple[str, str], Known]
+"""By model id and revision."""
 
 
 class Agenda:
@@ -30,7 +53,7 @@ class Agenda:
     Args:
         manifest: of the run, its generations of prompts frozen.
         done: ids of the units that are in the store.
-        stored: what tokenizers have said before (`stored_prompts`).
+        stored: what tokenizers have said before, and which autoencoders were found (`stored`).
         job: the job.
         former: prompts that the job has no longer (`frozen.freeze_prompts`).
         models: what the job runs on, by the key that names each in this command.
@@ -48,6 +71,7 @@ class Agenda:
         self.job, self.former, self.models = job, former, dict(models)
         self._generations, self._rule, self._done = manifest.generations, CutRule(**manifest.cut_rule), done
         self._wanted = {prompt.id for prompt in job.prompts}
+        self._saes = {key: known.saes for key, known in stored.items()}
         self.before: dict[str, int] = {}
         """Ablations that were in the store when the command began, by key."""
         self.units: dict[str, list[Unit]] = {}
@@ -55,9 +79,9 @@ class Agenda:
         self.refused: dict[str, Failed] = {}
         """Models that their own prompts forbid."""
         for key, model in self.models.items():
-            prompts = stored.get((model.id, model.revision), {})
-            if all(prompt.id in prompts for prompt in job.prompts):
-                left = self._left(key, model, prompts)
+            known = stored.get((model.id, model.revision), Known())
+            if known.suffices(job):
+                left = self._left(key, model, known)
                 if isinstance(left, Failed):
                     self.refused[key] = left
                 else:
@@ -76,8 +100,9 @@ class Agenda:
     @property
     def guesses(self) -> dict[str, float]:
         """Work of every model that can run, in flops, before its prompts are tokenised: only the order matters."""
+        texts = len(self.job.prompts) + sum(corpus.chunks or len(corpus.documents) for corpus in self.job.corpora)
         return {
-            key: float(full_forward_flops(model, 16)) * (model.n_layers or 1) * len(self.job.prompts)
+            key: float(full_forward_flops(model, 16)) * (model.n_layers or 1) * texts
             for key, model in self.models.items()
             if key not in self.refused
         }
@@ -86,19 +111,27 @@ class Agenda:
         """Where the store keeps the rows of a model."""
         return slug(self.models[key].id)
 
-    def plan(self, key: str, rows: "pa.Table") -> list[Unit] | Failed:
-        """What is left to measure of a model whose tokenizer has spoken: rows of table `prompts`."""
-        prompts = {prompt.prompt.id: prompt for prompt in from_rows(rows.to_pylist())}
-        return self._left(key, self.models[key], prompts)
+    def pinned(self, model: CachedModel) -> Sequence[Record]:
+        """Rows of table `saes`: what experiments use on a model, as far as that is known by now."""
+        return self._saes.get((model.id, model.revision), ())
 
-    def _left(self, key: str, model: CachedModel, prompts: Mapping[str, TokenizedPrompt]) -> list[Unit] | Failed:
+    def plan(self, key: str, tables: "Mapping[str, pa.Table]") -> list[Unit] | Failed:
+        """What is left to measure of a model of which a replica has given the rows of tables `prompts` and `saes`."""
+        model = self.models[key]
+        prompts = {prompt.prompt.id: prompt for prompt in from_rows(tables["prompts"].to_pylist())}
+        known = Known(prompts, tables["saes"].to_pylist())
+        self._saes[model.id, model.revision] = known.saes
+        return self._left(key, model, known)
+
+    def _left(self, key: str, model: CachedModel, known: Known) -> list[Unit] | Failed:
         try:
-            usable = self._usable(model, prompts)
+            saes = refs(known.saes)
+            usable = self._usable(model, known.prompts, saes)
             cut = [
                 unit
-                for generation in self._generations
-                for unit in self._cut(model, [usable[each] for each in generation if each in usable])
-                if any(prompt_id in self._wanted for prompt_id, _ in unit.items)
+                for generation in [*self._generations, *self._chunks(known)]
+                for unit in self._cut(model, [usable[each] for each in generation if each in usable], saes)
+                if any(self._is_wanted(prompt_id) for prompt_id, _ in unit.items)
             ]
         except Exception as error:  # whatever a model's prompts do to the plan, the other models run
             return failure(error)
@@ -106,24 +139,53 @@ class Agenda:
         self.before[key] = sum(unit.n_ablations for unit in cut) - sum(unit.n_ablations for unit in left)
         return left
 
-    def _usable(self, model: CachedModel, prompts: Mapping[str, TokenizedPrompt]) -> dict[str, TokenizedPrompt]:
+    def _chunks(self, known: Known) -> list[list[str]]:
+        """The chunks of each corpus, which never change: a corpus is a generation of its own."""
+        found: dict[str, list[str]] = {}
+        for prompt_id in known.prompts:
+            corpus, _, number = prompt_id.rpartition("/")
+            if self._is_chunk(prompt_id):
+                found.setdefault(corpus, []).append(number)
+        return [[f"{corpus}/{number}" for number in sorted(found[corpus], key=int)] for corpus in sorted(found)]
+
+    def _is_chunk(self, prompt_id: str) -> bool:
+        return any(corpus.holds(prompt_id) for corpus in self.job.corpora)
+
+    def _is_wanted(self, prompt_id: str) -> bool:
+        return prompt_id in self._wanted or self._is_chunk(prompt_id)
+
+    def _usable(
+        self, model: CachedModel, prompts: Mapping[str, TokenizedPrompt], saes: Saes
+    ) -> dict[str, TokenizedPrompt]:
         """Without those former prompts that forbid the plan: it never came to units that hold them."""
         usable = dict(prompts)
-        for prompt_id in prompts.keys() - self._wanted:
+        for prompt_id in [each for each in prompts if not self._is_wanted(each)]:
             try:
-                self._cut(model, [prompts[prompt_id]])
+                self._cut(model, [prompts[prompt_id]], saes)
             except UserError:
                 del usable[prompt_id]
         return usable
 
-    def _cut(self, model: CachedModel, prompts: Sequence[TokenizedPrompt]) -> list[Unit]:
-        return [unit for spec in self.job.experiments for unit in units(self.job, spec, model, prompts, self._rule)]
+    def _cut(self, model: CachedModel, prompts: Sequence[TokenizedPrompt], saes: Saes) -> list[Unit]:
+        return [
+            unit
+            for spec in self.job.experiments
+            for unit in units(self.job, spec, model, prompts, self._rule, saes.get(spec.name, ()))
+        ]
 
 
-def stored_prompts(store: Store, run: str) -> Stored:
-    """The tokenised prompts of a run."""
-    rows = store.scan("prompts", run).select(pl.exclude("run", "model")).collect()
+def stored(store: Store, run: str) -> Stored:
+    """What a run knows of its models: tokenised prompts, and autoencoders."""
     found: Stored = {}
+    rows = store.scan("prompts", run).select(pl.exclude("run", "model")).collect()
     for row, prompt in zip(rows.iter_rows(named=True), from_rows(rows.iter_rows(named=True)), strict=True):
-        found.setdefault((row["model_id"], row["revision"]), {})[prompt.prompt.id] = prompt
+        found.setdefault((row["model_id"], row["revision"]), Known()).prompts[prompt.prompt.id] = prompt
+    for row in store.scan("saes", run).select(pl.exclude("run", "model")).collect().iter_rows(named=True):
+        found.setdefault((row["model_id"], row["revision"]), Known()).saes.append(row)
     return found
+
+
+def done_units(store: Store, run: str) -> set[str]:
+    """Ids of the units whose rows are in the store."""
+    tables = [store.scan(table, run).select(pl.col("unit_id").unique()) for table in UNIT_TABLES]
+    return set(pl.concat(tables).collect()["unit_id"])

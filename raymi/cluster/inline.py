@@ -54,8 +54,8 @@ class InlineBackend:
         return []
 
     def _prepare(self, replica: int) -> Iterator[Event]:
-        prompts = self._alive().prepare()
-        yield Broken(replica, prompts) if isinstance(prompts, Failed) else Prepared(replica, prompts)
+        tables = self._alive().prepare()
+        yield Broken(replica, tables) if isinstance(tables, Failed) else Prepared(replica, tables)
 
     def _load(self, replica: int) -> Iterator[Event]:
         tables = self._alive().load()

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """The replica's tokenizer has read the prompts."""
+    """The replica's tokenizer has read the prompts, and the autoencoders are found."""
 
     replica: int
-    prompts: "pa.Table"
-    """Rows of table `prompts`."""
+    tables: "Mapping[str, pa.Table]"
+    """Rows of the tables `prompts` and `saes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class Backend(Protocol):
         ...
 
     def prepare(self, replica: int) -> None:
-        """Tokenise; answered by Prepared or Broken."""
+        """Tokenise, and find autoencoders; answered by Prepared or Broken."""
         ...
 
     def load(self, replica: int) -> None:

@@ -3,11 +3,11 @@
 import time
 from collections.abc import Iterator
 
-from raymi.cluster.agenda import Agenda, stored_prompts
+from raymi.cluster.agenda import Agenda, done_units, stored
 from raymi.cluster.frozen import choose, freeze_prompts
-from raymi.cluster.sweep import Order, cut_rule, keys
+from raymi.cluster.sweep import Order, cut_rule, keys, worker
 from raymi.cluster.tokenised import from_rows
-from raymi.cluster.worker import Failed, Worker
+from raymi.cluster.worker import Failed
 from raymi.plan import Estimate, Rates, Unit, estimate
 from raymi.store import ownership
 from raymi.store.manifest import Driver, Issue, Manifest
@@ -33,20 +33,20 @@ def rehearse(order: Order, store: Store) -> Iterator[tuple[str, list[Unit] | Fai
     manifest.follow(Issue(written=order.written, resolved=order.job.model_dump(mode="json")), cut_rule(order))
     choice = choose(order.job, order.cache, manifest.commits)
     former = freeze_prompts(order.job, manifest)
-    done = set(store.scan("ablations", order.run).select("unit_id").unique().collect()["unit_id"]) if earlier else set()
-    stored = stored_prompts(store, order.run) if earlier else {}
-    agenda = Agenda(manifest, done, stored, order.job, former, keys(choice))
+    done = done_units(store, order.run) if earlier else set[str]()
+    known = stored(store, order.run) if earlier else {}
+    agenda = Agenda(manifest, done, known, order.job, former, keys(choice))
     for each in choice.rejected:
         if each.named:
             yield each.model_id, Failed(None, "Rejected", each.reason), None
     rates = measure(order.job.device)
     for key, model in agenda.models.items():
-        rows = Worker(model, order.job, former, trust_remote_code=model.id in order.cache.remote_code).prepare()
-        left = rows if isinstance(rows, Failed) else agenda.plan(key, rows)
-        if isinstance(rows, Failed) or isinstance(left, Failed):
+        tables = worker(order.job, agenda, order.cache, model)(None).prepare()
+        left = tables if isinstance(tables, Failed) else agenda.plan(key, tables)
+        if isinstance(tables, Failed) or isinstance(left, Failed):
             yield key, left, None
             continue
-        prompts = {prompt.prompt.id: prompt for prompt in from_rows(rows.to_pylist())}
+        prompts = {prompt.prompt.id: prompt for prompt in from_rows(tables["prompts"].to_pylist())}
         yield key, left, estimate(order.job, model, left, prompts, rates) if left else None
 
 

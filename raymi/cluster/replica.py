@@ -24,7 +24,7 @@ class Replica:
     def __init__(self, make: MakeWorker, threads: int | None) -> None:
         self._worker = make(threads)
 
-    def prepare(self) -> "pa.Table | Failed":
+    def prepare(self) -> "dict[str, pa.Table] | Failed":
         return self._worker.prepare()
 
     def load(self) -> "dict[str, pa.Table] | Failed":

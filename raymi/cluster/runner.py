@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import FrameType, TracebackType
@@ -105,10 +105,11 @@ class _Record:
         self._texts: dict[str, set[int]] = {}
         """Token ids, by model, whose text is in the store or on its way there."""
 
-    def plan(self, key: str, prompts: "pa.Table") -> Sequence[Unit] | Failed:
-        """Keeps what a tokenizer has said, and gives what is left to measure."""
-        self._run.add("prompts", self._agenda.slug(key), prompts)
-        return self._agenda.plan(key, prompts)
+    def plan(self, key: str, tables: "Mapping[str, pa.Table]") -> Sequence[Unit] | Failed:
+        """Keeps what a tokenizer has said and which autoencoders there are, and gives what is left to measure."""
+        for table, rows in tables.items():
+            self._run.add(table, self._agenda.slug(key), rows)
+        return self._agenda.plan(key, tables)
 
     def take(self, outcomes: Iterable[Outcome]) -> None:
         for outcome in outcomes:

@@ -152,7 +152,7 @@ class _Model:
         return work
 
 
-Plan = Callable[[str, "pa.Table"], Sequence[Unit] | Failed]
+Plan = Callable[[str, "Mapping[str, pa.Table]"], Sequence[Unit] | Failed]
 
 
 class Scheduler:
@@ -161,7 +161,8 @@ class Scheduler:
     Args:
         backend: carries out the decisions.
         clock: seconds, never going back (`time.monotonic`).
-        plan: given a model and its tokenised prompts, the units that are still to be measured, or why it cannot run.
+        plan: given a model, its tokenised prompts and its autoencoders, the units that are still to be measured, or why
+            it cannot run.
         guesses: models to run, with a guess of their work in flops.
         units: units of the models whose prompts are known already.
     """
@@ -229,8 +230,8 @@ class Scheduler:
 
     def _handle(self, replica: _Replica, event: Event) -> None:
         match event:
-            case Prepared(prompts=prompts):
-                self._on_prepared(replica, prompts)
+            case Prepared(tables=tables):
+                self._on_prepared(replica, tables)
             case Loaded(tables=tables):
                 self._on_loaded(replica, tables)
             case Broken(failure=failure):
@@ -242,9 +243,9 @@ class Scheduler:
             case Lost():
                 self._on_lost(replica, event)
 
-    def _on_prepared(self, replica: _Replica, prompts: "pa.Table") -> None:
+    def _on_prepared(self, replica: _Replica, tables: "Mapping[str, pa.Table]") -> None:
         model = replica.model
-        units = self._plan(model.key, prompts)
+        units = self._plan(model.key, tables)
         if isinstance(units, Failed):
             self._fail_model(model, "plan", units)
             return

@@ -1,7 +1,7 @@
 """One command on one run, from the job to the last row."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from raymi.catalog import CachedModel
-from raymi.cluster.agenda import Agenda, stored_prompts
+from raymi.cluster.agenda import Agenda, stored
 from raymi.cluster.frozen import Cache, Choice, choose, freeze_prompts
 from raymi.cluster.inline import InlineBackend
 from raymi.cluster.messages import Backend
@@ -18,7 +18,6 @@ from raymi.cluster.runner import Ending, Interrupts, drive
 from raymi.cluster.worker import Worker
 from raymi.job import Job
 from raymi.plan import CutRule, Rejected
-from raymi.prompts import Prompt
 from raymi.store import ownership, schemas
 from raymi.store.layout import slug
 from raymi.store.reader import Store
@@ -93,7 +92,7 @@ def sweep(order: Order, store: Store) -> Result:
         run.manifest.freeze_commits(choice.commits)
         run.save()
         _note_rejected(run, choice)
-        agenda = Agenda(run.manifest, run.done_units(), stored_prompts(store, run.name), order.job, former, models)
+        agenda = Agenda(run.manifest, run.done_units(), stored(store, run.name), order.job, former, models)
         if agenda.finished:
             return _close(run, Result(Ending(), choice.rejected, started=False))
         backend = _backend(stack, order, agenda, choice, nodes)
@@ -132,27 +131,34 @@ def _close(run: Run, result: Result) -> Result:
 
 def _backend(stack: ExitStack, order: Order, agenda: Agenda, choice: Choice, nodes: "list[Node] | None") -> Backend:
     if order.inline or not agenda.needs_replicas:
-        make = partial(_worker, order.job, agenda.former, order.cache)
-        return InlineBackend(lambda key: make(agenda.models[key], None))
+        make = partial(worker, order.job, agenda, order.cache)
+        return InlineBackend(lambda key: make(agenda.models[key])(None))
     if nodes is None:
         nodes = _start(stack, choice)
     from raymi.cluster.ray_backend import RayBackend
 
     # Ray says which device a replica sees, and it always sees it as the first.
     job = order.job.model_copy(update={"device": order.job.device.partition(":")[0]})
-    make = partial(_worker, job, agenda.former, order.cache)
-    return RayBackend(nodes, job, agenda.models, lambda model: partial(make, model))
+    return RayBackend(nodes, job, agenda.models, partial(worker, job, agenda, order.cache))
 
 
-def _worker(job: Job, former: Sequence[Prompt], cache: Cache, model: CachedModel, threads: int | None) -> Worker:
-    return Worker(
+def worker(job: Job, agenda: Agenda, cache: Cache, model: CachedModel) -> Callable[[int | None], Worker]:
+    """What makes the worker of a model in its own process, given the number of its threads."""
+    make = partial(
+        Worker,
         model,
         job,
-        former=former,
-        threads=threads,
+        former=agenda.former,
+        pinned=agenda.pinned(model),
+        cache_dir=cache.folder,
         trust_remote_code=model.id in cache.remote_code,
         allow_pickle=model.id in cache.pickle,
     )
+    return partial(_with_threads, make)
+
+
+def _with_threads(make: Callable[..., Worker], threads: int | None) -> Worker:
+    return make(threads=threads)
 
 
 def _start(stack: ExitStack, choice: Choice) -> "list[Node]":

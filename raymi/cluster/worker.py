@@ -10,23 +10,28 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymi.catalog import CachedModel
 from raymi.cluster.tokenised import to_rows
 from raymi.errors import UserError
+from raymi.experiments.knockout.spec import Ablation, KnockoutSpec
+from raymi.experiments.sae.resolve import Record, check_unchanged, refs, resolve
+from raymi.experiments.sae.spec import SaeRef, SaeSpec
 from raymi.job import Job
 from raymi.plan import Unit, drawn
 from raymi.prompts import Prompt, TokenizedPrompt, tokenize
 from raymi.store import schemas
 from raymi.store.secret import scrub
-from raymi.tokenizer import load_tokenizer, token_texts
+from raymi.tokenizer import load_tokenizer, special_ids, token_texts
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from raymi.model.engine import Engine
     from raymi.model.loading import Loaded
+    from raymi.sae import SAE
 
 _TRACEBACK = 4000
 """Characters of a traceback's end that are kept."""
@@ -75,6 +80,8 @@ class Worker:
         model: the snapshot, with a path on this machine.
         job: the job.
         former: prompts that the run once had and the job has no longer; what of them cannot be read is left out.
+        pinned: rows of table `saes` that the run has of this model: what its experiments use from then on.
+        cache_dir: the Hugging Face cache in which others are looked for; None: where Hugging Face keeps it.
         threads: what torch may use on the CPU; None leaves it to torch.
         trust_remote_code: run the Python code that the snapshot brings along.
         allow_pickle: accept weights that are not safetensors.
@@ -83,29 +90,35 @@ class Worker:
     model: CachedModel
     job: Job
     former: Sequence[Prompt] = ()
+    pinned: Sequence[Record] = ()
+    cache_dir: Path | None = None
     threads: int | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
     _tokenizer: Any = None
     _prompts: dict[str, TokenizedPrompt] = field(default_factory=dict[str, TokenizedPrompt])
+    _saes: dict[str, tuple[SaeRef, ...]] = field(default_factory=dict[str, tuple[SaeRef, ...]])
+    """By experiment."""
+    _opened: "dict[SaeRef, SAE]" = field(default_factory=dict[SaeRef, Any])
     _engine: "Engine | None" = None
     _texts: dict[int, str] = field(default_factory=dict[int, str])
     """Of the tokens that rows have named so far."""
     _draining: bool = False
 
-    def prepare(self) -> "pa.Table | Failed":
-        """Reads the prompts with the model's tokenizer, without its weights; gives the rows of table `prompts`."""
+    def prepare(self) -> "dict[str, pa.Table] | Failed":
+        """Reads the prompts with the model's tokenizer, without its weights, and finds the autoencoders.
+
+        Returns:
+            Rows of the tables `prompts` and `saes`.
+        """
         try:
-            tokenizer = self._get_tokenizer()
-            prompts = self._tokenize(self.job.prompts)
-            for prompt in self.former:
-                with contextlib.suppress(UserError):
-                    prompts += self._tokenize([prompt])
-            rows = to_rows(self.model, prompts, tokenizer)
+            prompts = self._read()
+            records = self._find()
+            rows = to_rows(self.model, list(prompts.values()), self._get_tokenizer())
         except Exception as error:
             return failure(error)
-        self._prompts = {prompt.prompt.id: prompt for prompt in prompts}
-        return rows
+        self._prompts, self._saes = prompts, refs(records)
+        return {"prompts": rows, "saes": schemas.rows("saes", records)}
 
     def load(self) -> "dict[str, pa.Table] | Failed":
         """Loads the weights, and the prompts if that was not done before, and verifies a few ablations.
@@ -140,6 +153,25 @@ class Worker:
         """Begin no further unit. May be called from another thread."""
         self._draining = True
 
+    def _read(self) -> dict[str, TokenizedPrompt]:
+        """Prompts and chunks of corpora as the model reads them, by id."""
+        prompts = self._tokenize(self.job.prompts)
+        for prompt in self.former:
+            with contextlib.suppress(UserError):
+                prompts += self._tokenize([prompt])
+        for corpus in self.job.corpora:
+            prompts += corpus.read(self._get_tokenizer(), bos=self.job.bos, model_id=self.model.id)
+        return {prompt.prompt.id: prompt for prompt in prompts}
+
+    def _find(self) -> list[Record]:
+        """The autoencoders of all experiments: those that the run has once found, and new ones of new experiments."""
+        pinned = refs(self.pinned)
+        for its in pinned.values():
+            for ref in its:
+                check_unchanged(ref)
+        new = [spec for spec in self.job.sae_experiments if spec.name not in pinned]
+        return [*self.pinned, *resolve(new, self.model, cache_dir=self.cache_dir)]
+
     def _tokenize(self, prompts: Sequence[Prompt]) -> list[TokenizedPrompt]:
         return tokenize(
             prompts,
@@ -171,15 +203,8 @@ class Worker:
         return loaded
 
     def _verify(self, engine: "Engine") -> list[dict[str, Any]]:
-        """Measures a few ablations twice before any row is made; raises Mismatch, or turns to full forwards."""
-        from raymi.experiments.knockout.verify import verify
-
-        records = verify(
-            engine,
-            drawn(self.job, self.model, list(self._prompts.values())),
-            model_id=self.model.id,
-            revision=self.model.revision,
-        )
+        """Measures a little twice before any row is made; raises Mismatch, or turns to full forwards."""
+        records = self._measure_twice(engine)
         failed = [record for record in records if not record["passed"]]
         if failed and (self.job.on_mismatch == "fail" or engine.way == "full"):
             worst = max(record["max_logit_diff"] for record in failed)
@@ -191,28 +216,85 @@ class Worker:
             engine.way = "full"
         return records
 
+    def _measure_twice(self, engine: "Engine") -> list[dict[str, Any]]:
+        """Records of table `verifications`, of work that is drawn from all experiments."""
+        knockouts: list[tuple[TokenizedPrompt, Ablation]] = []
+        others: list[tuple[SaeSpec, TokenizedPrompt, Any]] = []
+        for spec, prompt, work in drawn(self.job, self.model, list(self._prompts.values()), self._saes):
+            if isinstance(work, Ablation):
+                knockouts.append((prompt, work))
+            elif isinstance(spec, SaeSpec):
+                others.append((spec, prompt, work))
+        about = {"model_id": self.model.id, "revision": self.model.revision}
+        records: list[dict[str, Any]] = []
+        if knockouts:
+            from raymi.experiments.knockout.verify import verify
+
+            records += verify(engine, knockouts, **about)
+        if others:
+            from raymi.experiments.sae.verify import verify
+
+            records += verify(engine, others, self._sae, special=special_ids(self._get_tokenizer()), **about)
+        return records
+
     def _measure(self, unit: Unit) -> Done:
+        started = time.perf_counter()
+        spec = next(spec for spec in self.job.experiments if spec.name == unit.experiment)
+        rows = self._knock_out(unit) if isinstance(spec, KnockoutSpec) else self._with_saes(spec, unit)
+        table = "ablations" if isinstance(spec, KnockoutSpec) else spec.table
+        return Done(unit.unit_id, {table: rows, "vocabulary": self._vocabulary(rows)}, time.perf_counter() - started)
+
+    def _knock_out(self, unit: Unit) -> "pa.Table":
         from raymi.experiments.knockout.run import run
 
-        assert self._engine is not None, "measures before it has loaded"
-        started = time.perf_counter()
-        rows = run(
-            self._engine,
+        return run(self._loaded(), unit, self._prompts, top_k=self.job.top_k, **self._about())
+
+    def _with_saes(self, spec: SaeSpec, unit: Unit) -> "pa.Table":
+        from raymi.experiments.sae.run import run
+
+        return run(
+            self._loaded(),
+            spec,
             unit,
             self._prompts,
-            model_id=self.model.id,
-            revision=self.model.revision,
-            dtype=self.job.dtype,
+            self._sae,
+            special=special_ids(self._get_tokenizer()),
             top_k=self.job.top_k,
+            **self._about(),
         )
-        tables = {"ablations": rows, "vocabulary": self._vocabulary(rows)}
-        return Done(unit.unit_id, tables, time.perf_counter() - started)
+
+    def _sae(self, ref: SaeRef) -> "SAE":
+        """An autoencoder on the model's device, opened when it is first needed."""
+        if ref not in self._opened:
+            from raymi.sae import load
+
+            check_unchanged(ref)
+            self._opened[ref] = load(
+                ref.where,
+                cache_dir=self.cache_dir,
+                device=str(self._loaded().model.device),
+                dtype="float32",
+                site=ref.site,
+                input_scale=ref.input_scale,
+            )
+        return self._opened[ref]
+
+    def _loaded(self) -> "Engine":
+        assert self._engine is not None, "measures before it has loaded"
+        return self._engine
+
+    def _about(self) -> dict[str, str]:
+        """What every row says of the model."""
+        return {"model_id": self.model.id, "revision": self.model.revision, "dtype": self.job.dtype}
 
     def _vocabulary(self, rows: "pa.Table") -> "pa.Table":
         """The text of the tokens that these rows name."""
-        named = set(rows["changed"].combine_chunks().flatten().field("token_id").to_pylist())
-        for column in ("answer_id", "wrong_id", "top1_clean", "top1_ablated"):
-            named.update(rows[column].to_pylist())
+        named: set[Any] = set()
+        if "changed" in rows.column_names:
+            named.update(rows["changed"].combine_chunks().flatten().field("token_id").to_pylist())
+        for column in ("token_id", "answer_id", "wrong_id", "top1_clean", "top1_ablated"):
+            if column in rows.column_names:
+                named.update(rows[column].to_pylist())
         named.discard(None)
         self._texts |= token_texts(self._get_tokenizer(), named - self._texts.keys())
         about = {"model_id": self.model.id, "revision": self.model.revision}

@@ -35,10 +35,10 @@ class FakeWorker:
     threads: int | None = None
     draining: bool = False
 
-    def prepare(self) -> pa.Table | Failed:
+    def prepare(self) -> dict[str, pa.Table] | Failed:
         if "unreadable" in self.model.id:
             return Failed(None, "UserError", "no tokenizer")
-        return schemas.rows("prompts", [])
+        return {table: schemas.rows(table, []) for table in ("prompts", "saes")}
 
     def load(self) -> dict[str, pa.Table] | Failed:
         if "broken" in self.model.id:

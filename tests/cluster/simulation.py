@@ -96,7 +96,7 @@ class SimulatedBackend:
         return "started"
 
     def prepare(self, replica: int) -> None:
-        self._later(self.behaviour.start_seconds / 2, Prepared(replica, schemas.rows("prompts", [])))
+        self._later(self.behaviour.start_seconds / 2, Prepared(replica, {"prompts": schemas.rows("prompts", [])}))
 
     def load(self, replica: int) -> None:
         fate = self.behaviour.loading(replica, self.alive[replica].model)

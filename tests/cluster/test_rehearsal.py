@@ -21,7 +21,7 @@ from raymi.plan import estimate, units
 
 job, model = load_job(Path("jobs/demo.yaml")), catalog.find(sys.argv[1], Path(sys.argv[2]))
 worker = Worker(model, job, threads=2)
-prompts = {prompt.prompt.id: prompt for prompt in from_rows(worker.prepare().to_pylist())}
+prompts = {prompt.prompt.id: prompt for prompt in from_rows(worker.prepare()["prompts"].to_pylist())}
 cut = [unit for spec in job.experiments for unit in units(job, spec, model, list(prompts.values()))]
 assert isinstance(worker.load(), dict)
 assert len(list(worker.run(cut))) == len(cut)

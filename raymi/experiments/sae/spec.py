@@ -88,6 +88,8 @@ class SaeChoice(Fields):
         if not self.is_pattern and self.local is None and not _REPOSITORY.match(self.sae):
             message = f"there is no folder {str(self._folder / self.sae)!r}, and repositories are written org/name:path"
             raise problem(message, "sae")
+        if self.is_pattern and self.input_scale is not None:
+            raise problem("is for one SAE, and this is a pattern; name the SAE", "input_scale")
         return self
 
     @property

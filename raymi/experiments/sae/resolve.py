@@ -1,0 +1,190 @@
+"""Which autoencoders experiments use on a model: what a job says and a cache holds becomes what a run is pinned to."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from raymi.catalog import CachedModel
+from raymi.errors import UserError
+from raymi.experiments.sae.spec import SaeChoice, SaeRef, SaeSpec
+from raymi.sae.description import Description, check_fits
+from raymi.sae.discover import describe, scan
+
+Record = dict[str, Any]
+"""One row of table `saes`."""
+
+
+def resolve(specs: Iterable[SaeSpec], model: CachedModel, *, cache_dir: Path | None = None) -> list[Record]:
+    """The autoencoders that experiments use on one model, on the machine where both are.
+
+    A pattern takes what fits the model of the cache and leaves the rest; what is named has to be there and to fit.
+
+    Args:
+        specs: the experiments.
+        model: the model.
+        cache_dir: the Hugging Face cache; by default the one HF_HOME names.
+
+    Raises:
+        UserError: nothing fits, or something that is named does not, or is not there.
+    """
+    cached = _Cached(cache_dir)
+    return [record for spec in specs for record in _records(spec, model, cached)]
+
+
+def refs(records: Iterable[Mapping[str, Any]]) -> dict[str, tuple[SaeRef, ...]]:
+    """The autoencoders of such rows, by experiment, in an order that is always the same."""
+    found: dict[str, list[SaeRef]] = {}
+    for row in records:
+        ref = SaeRef(
+            name=row["sae"],
+            where=row["where"],
+            version=row["version"],
+            site=row["site"],
+            site_out=row["site_out"],
+            d_sae=row["d_sae"],
+            input_scale=row["input_scale"],
+        )
+        found.setdefault(row["experiment"], []).append(ref)
+    return {name: tuple(sorted(its, key=lambda ref: (ref.layer, ref.site, ref.name))) for name, its in found.items()}
+
+
+def check_unchanged(ref: SaeRef) -> None:
+    """Raises UserError when local files are not those that the run has measured. What is in a cache does not change."""
+    folder = Path(ref.where)
+    if not folder.is_absolute():
+        return
+    version = _version(describe(folder)) if folder.exists() else None
+    if version != ref.version:
+        what = "is not there any more" if version is None else "is not what it was when the run first saw it"
+        raise UserError(f"the SAE {folder} {what}", hint="Put it back, or start another run with --new.")
+
+
+class _Cached:
+    """The autoencoders of a cache, looked for once and only where a pattern asks for them."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._found: list[tuple[str, Description | None, str | None]] | None = None
+
+    def matching(self, choice: SaeChoice) -> Iterator[tuple[str, Description | None, str | None]]:
+        """(Name, description or None, why it cannot be used) of those that a pattern means."""
+        if self._found is None:
+            self._found = [(each.source, each.description, each.reason) for each in scan(cache_dir=self.folder)]
+        return (each for each in self._found if fnmatchcase(each[0], choice.sae))
+
+
+def _records(spec: SaeSpec, model: CachedModel, cached: _Cached) -> list[Record]:
+    found: dict[tuple[object, object], Record] = {}
+    for choice in (choice for choice in spec.saes if not choice.is_pattern):
+        record = _named(spec, choice, model, cached.folder)
+        if found.setdefault((record["sae"], record["site"]), record) != record:
+            raise UserError(f"experiment {spec.name!r}: {record['sae']} is named twice, in different ways")
+    left: list[str] = []
+    named = {name for name, _ in found}
+    for choice in (choice for choice in spec.saes if choice.is_pattern):
+        for name, about, reason in cached.matching(choice):
+            if name in named:  # with what the job says of it by name
+                continue
+            try:
+                if about is None:
+                    raise UserError(reason or "cannot be used")
+                record = _record(spec, choice, model, replace(about, site=choice.site or about.site))
+            except UserError as error:
+                left.append(f"{name}: {error.what}")
+            else:
+                found.setdefault((record["sae"], record["site"]), record)
+    if not found:
+        raise _nothing(spec, model, left)
+    _check_features(spec, model, list(found.values()))
+    return list(found.values())
+
+
+def _named(spec: SaeSpec, choice: SaeChoice, model: CachedModel, cache_dir: Path | None) -> Record:
+    place = choice.local or choice.sae
+    about = describe(place, cache_dir=cache_dir, site=choice.site, input_scale=choice.input_scale)
+    return _record(spec, choice, model, about)
+
+
+def _record(spec: SaeSpec, choice: SaeChoice, model: CachedModel, about: Description) -> Record:
+    """One autoencoder that fits; UserError otherwise."""
+    if model.n_layers is None or model.hidden_size is None:
+        raise UserError(f"{model.id}: its config.json does not say how many layers it has, and how wide they are")
+    heads = model.n_heads
+    check_fits(
+        about,
+        model_id=model.id,
+        hidden_size=model.hidden_size,
+        n_layers=model.n_layers,
+        n_heads=heads,
+        head_dim=model.head_dim or (model.hidden_size // heads if heads else None),
+        any_model=spec.any_model,
+    )
+    if about.normalisation == "expected_average_only_in" and about.input_scale is None:
+        raise UserError(
+            f"{about.file}: inputs are to be scaled by an average norm which no file of this SAE states",
+            hint="Name the SAE with its `input_scale`: the root of d_in over the average norm of the activations.",
+        )
+    return {
+        "model_id": model.id,
+        "revision": model.revision,
+        "experiment": spec.name,
+        "sae": choice.sae if about.revision is None else about.source,
+        "where": _place(about),
+        "version": about.revision or _version(about),
+        "site": about.site,
+        "site_out": about.site_out,
+        "d_in": about.d_in,
+        "d_sae": about.d_sae,
+        "architecture": about.architecture,
+        "k": about.k,
+        "format": about.format,
+        "dtype": about.dtype,
+        "input_scale": choice.input_scale,
+    }
+
+
+def _place(about: Description) -> str:
+    """Where it is opened, and nothing else can be opened: a folder, or `repo@commit[:path]`."""
+    if about.revision is None:
+        return str(Path(about.source).absolute())
+    repo, colon, path = about.source.partition(":")
+    return f"{repo}@{about.revision}{colon}{path}"
+
+
+def _version(about: Description) -> str:
+    """The sha256 of an autoencoder's own files: its weights, and what lies beside them to say what they mean."""
+    files = [about.file, *sorted(about.file.parent.glob("*.json"))]
+    stats = [(path, path.stat()) for path in files]
+    return _digest(tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats))
+
+
+@lru_cache(maxsize=64)
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+    whole = hashlib.sha256()
+    for path, _, _ in files:
+        with path.open("rb") as file:
+            whole.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+def _nothing(spec: SaeSpec, model: CachedModel, left: Sequence[str]) -> UserError:
+    patterns = " or ".join(repr(choice.sae) for choice in spec.saes)
+    who = f"{model.id}: experiment {spec.name!r}"
+    if not left:
+        return UserError(f"{who}: no SAE in the cache matches {patterns}", hint="`raymi sae list` shows what is there.")
+    reasons = "".join(f"\n  {reason}" for reason in left[:3]) + ("\n  ..." if len(left) > 3 else "")
+    return UserError(f"{who}: of {len(left)} SAEs in the cache that match {patterns} none fits{reasons}")
+
+
+def _check_features(spec: SaeSpec, model: CachedModel, records: Sequence[Record]) -> None:
+    widest = max(record["d_sae"] for record in records)
+    for feature in spec.features:
+        if feature >= widest:
+            raise UserError(
+                f"{model.id}: experiment {spec.name!r}: features: {feature} is out of range: "
+                f"the widest of its SAEs has {widest:,} features (0 to {widest - 1})"
+            )

@@ -16,7 +16,7 @@ VERBS = {
     "run": "Run a job file: the sweep.",
     "runs": "List the runs in a store.",
     "report": "Show a run's results as tables.",
-    "sae": "List and inspect sparse autoencoders.",
+    "sae": "List, inspect and measure sparse autoencoders.",
 }
 """Each is the name of its module in `raymi.cli`."""
 INTERRUPTED = 130

@@ -1,5 +1,9 @@
 """Options that several verbs share."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import click
 
 from raymi.store import DEFAULT, ENVVAR
@@ -14,3 +18,28 @@ store_option = click.option(
     metavar="PATH|URI",
     help="Where results are: a folder, or an object store such as s3://bucket/prefix.",
 )
+
+cache_option = click.option(
+    "--cache-dir", type=click.Path(path_type=Path), help="The cache, in place of the one HF_HOME names."
+)
+
+_OF_RUNS = (
+    store_option,
+    cache_option,
+    click.option(
+        "--address", metavar="ADDRESS", help="Ray cluster to join: auto or host:port. [default: starts its own]"
+    ),
+    click.option("--new", is_flag=True, help="Start another run of the same job."),
+    click.option("--download", is_flag=True, help="Fetch models that the job names and the cache lacks."),
+    click.option("--dry-run", is_flag=True, help="Say what would be measured and what it would take."),
+    click.option("--inline", is_flag=True, help="Measure in this process, without Ray: for debugging."),
+    click.option("--trust-remote-code", multiple=True, metavar="MODEL", help="Let this model run code of its own."),
+    click.option("--allow-pickle", multiple=True, metavar="MODEL", help="Load this model's pickled weights."),
+)
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say how a job is carried out: `raymi.cli.run.How` takes them."""
+    for option in reversed(_OF_RUNS):
+        command = option(command)
+    return command

@@ -1,6 +1,5 @@
 """`raymi report`: a run's results as tables."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import fill
@@ -10,7 +9,8 @@ import click
 
 import raymi.store
 from raymi.cli.options import store_option
-from raymi.cli.text import table, terminal_width
+from raymi.cli.sae_text import sections
+from raymi.cli.text import bars, number, plural, table, terminal_width
 
 if TYPE_CHECKING:
     import polars as pl
@@ -21,15 +21,16 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("run", required=False)
 @store_option
-@click.option("--json", "as_json", is_flag=True, help="The tables of models, layers and failures as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="The tables as JSON.")
 @click.option(
     "--csv",
     type=click.Path(path_type=Path),
-    help="Write models.csv, layers.csv and failures.csv into this folder; or the table of models, if it ends in .csv.",
+    help="Write the tables into this folder: models.csv, layers.csv, failures.csv, and sae_*.csv for what was measured "
+    "with autoencoders; or the table of models, if it ends in .csv.",
 )
 @click.option("--parquet", type=click.Path(path_type=Path), help="The same as Parquet.")
 def command(run: str | None, store_uri: str, as_json: bool, csv: Path | None, parquet: Path | None) -> None:
-    """Show what a run has found so far: per model, per layer, and what failed.
+    """Show what a run has found so far: per model, per layer, per autoencoder, and what failed.
 
     RUN is the name of a run, or how its name begins; without it, the run that was last issued. The run may be going
     on. The rows themselves are Parquet files: `pl.scan_parquet("STORE/ablations/**/*.parquet")`.
@@ -66,8 +67,10 @@ def lines(report: "Report", width: int) -> Iterator[str]:
         if layers["layers"].n_unique() > 1:
             yield "\nmeans by layer, each bar by its size relative to the largest of its row"
             yield from _by_layer(layers, width)
+    yield from sections(report.saes, width)
     if not report.models.is_empty():
-        yield "\nmodels, and how well they answer when nothing is ablated"
+        answers = report.models["answer_prob"].count() > 0
+        yield "\nmodels" + (", and how well they answer when nothing is changed" if answers else "")
         yield from _baselines(report.models, width)
         yield "\nhow they were measured; and how far what was measured twice differs, in logits"
         yield from _proofs(report.models, width)
@@ -81,10 +84,15 @@ def _heading(report: "Report") -> Iterator[str]:
 
     run = report.run
     n_models, n_ablations = report.models["model_id"].n_unique(), int(report.models["ablations"].sum())
+    others = report.measured - n_ablations
     yield f"{run.run}: {status(run, report.driven)}, issued {run.driver.started_at.astimezone():%Y-%m-%d %H:%M}"
-    said = [_plural(n_models, "model"), _plural(n_ablations, "ablation")]
+    said = [plural(n_models, "model")]
+    if n_ablations or not others:
+        said.append(plural(n_ablations, "ablation"))
+    if others:
+        said.append(f"{plural(others, 'measurement')} with autoencoders")
     if not report.failures.is_empty():
-        said.append(_plural(report.failures.height, "failure"))
+        said.append(plural(report.failures.height, "failure"))
     yield ", ".join(said)
 
 
@@ -94,9 +102,9 @@ def _effects(models: "pl.DataFrame", width: int) -> list[str]:
         [
             model["model_id"],
             f"{model['ablations']:,}",
-            _number(model["mean_kl"]),
-            _number(model["max_kl"]),
-            _number(model["mean_logit_diff"], "+"),
+            number(model["mean_kl"]),
+            number(model["max_kl"]),
+            number(model["mean_logit_diff"], "+"),
             _cell(model["strongest_layers"], model["strongest_heads"]),
         ]
         for model in models.iter_rows(named=True)
@@ -112,7 +120,7 @@ def _by_layer(layers: "pl.DataFrame", width: int) -> list[str]:
             if found.is_empty():
                 continue
             at = found[column].abs().arg_max() or 0
-            peak = f"L{_short(found['layers'][at])} {_number(found[column][at], sign)}"
+            peak = f"L{_short(found['layers'][at])} {number(found[column][at], sign)}"
             rows.append([str(model_id) if name == "KL" else "", name, bars(_axis(found, column)), peak])
     return table(("model", "mean", "first layer to last", "largest"), rows, right=(), width=width)
 
@@ -126,23 +134,9 @@ def _axis(layers: "pl.DataFrame", column: str) -> list[float | None]:
     return [at.get(layer) for layer in range(max(at) + 1)]
 
 
-def bars(values: list[float | None], most: int = 24) -> str:
-    """Values from 0 up as one character each, relative to the largest; a dot where there is none.
-
-    Args:
-        values: one a place.
-        most: characters; where there are more values, neighbours share one, which shows the larger.
-    """
-    glyphs = "▁▂▃▄▅▆▇█" if (sys.stdout.encoding or "").lower().startswith("utf") else "12345678"
-    n = min(len(values), most)
-    bins = [values[i * len(values) // n : (i + 1) * len(values) // n] for i in range(n)]
-    tops = [max((value for value in some if value is not None), default=None) for some in bins]
-    largest = max((top for top in tops if top is not None), default=0) or 1
-    return "".join("·" if top is None else glyphs[round(top / largest * (len(glyphs) - 1))] for top in tops)
-
-
 def _baselines(models: "pl.DataFrame", width: int) -> list[str]:
     header = ("model", "revision", "dtype", "device", "load", "prompts", "P(answer)", "top-1")
+    shown = 8 if models["prompts"].count() else 5
     rows = [
         [
             model["model_id"],
@@ -151,12 +145,12 @@ def _baselines(models: "pl.DataFrame", width: int) -> list[str]:
             model["device"] or "-",
             "-" if model["load_seconds"] is None else f"{model['load_seconds']:.1f} s",
             str(model["prompts"] or "-"),
-            _number(model["answer_prob"]),
+            number(model["answer_prob"]),
             "-" if model["answer_top1"] is None else f"{model['answer_top1']:.0%}",
-        ]
+        ][:shown]
         for model in models.unique("model_id", maintain_order=True).iter_rows(named=True)
     ]
-    return table(header, rows, right=range(4, 8), width=width)
+    return table(header[:shown], rows, right=range(4, 8), width=width)
 
 
 def _proofs(models: "pl.DataFrame", width: int) -> list[str]:
@@ -184,16 +178,10 @@ def _failures(failures: "pl.DataFrame", width: int) -> Iterator[str]:
 
 
 def _failure(failure: dict[str, Any]) -> str:
-    stage = _plural(failure["n"], "unit") if failure["stage"] == "unit" else failure["stage"]
+    stage = plural(failure["n"], "unit") if failure["stage"] == "unit" else failure["stage"]
     tries = f" ({failure['attempts']} attempts)" if failure["attempts"] > 1 else ""
     reason = ": ".join(str(part) for part in (failure["kind"], failure["message"]) if part)
     return f"{failure['model_id'] or 'the run'}: {stage}: {reason}{tries}"
-
-
-def _number(value: float | None, sign: str = "") -> str:
-    if value is None:
-        return "-"
-    return f"{value:{sign}.1e}" if 0 < abs(value) < 1e-3 else f"{value:{sign}.4f}"
 
 
 def _cell(layers: str, heads: str) -> str:
@@ -202,7 +190,3 @@ def _cell(layers: str, heads: str) -> str:
 
 def _short(label: str) -> str:
     return label if len(label) <= 9 else f"{label[:8]}…"
-
-
-def _plural(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"

@@ -1,13 +1,15 @@
 """`raymi run`: the sweep."""
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import raymi.store
-from raymi.cli.options import store_option
+from raymi.cli.options import run_options
 from raymi.cli.text import size, table, terminal_width
 from raymi.errors import UserError
 
@@ -17,38 +19,37 @@ if TYPE_CHECKING:
     from raymi.store.reader import Store
 
 
+@dataclass(frozen=True, slots=True)
+class How:
+    """How a job is to be carried out: the options that every command has which runs one."""
+
+    store_uri: str
+    cache_dir: Path | None
+    address: str | None
+    new: bool
+    download: bool
+    dry_run: bool
+    inline: bool
+    trust_remote_code: tuple[str, ...]
+    allow_pickle: tuple[str, ...]
+
+
 @click.command()
 @click.argument("job_path", metavar="JOB.yaml", type=click.Path(path_type=Path))
-@store_option
 @click.option("--models", multiple=True, metavar="ID", help="Models or patterns, in place of the job's. Repeatable.")
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="The cache, in place of the one HF_HOME names.")
-@click.option("--address", metavar="ADDRESS", help="Ray cluster to join: auto or host:port. [default: starts its own]")
 @click.option("--device", help="auto, cpu, cuda or mps, in place of the job's.")
 @click.option(
     "--engine", type=click.Choice(["auto", "full"]), help="full: one full forward an ablation, nothing reused."
 )
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Replaces a field of the job. Repeatable.")
-@click.option("--new", is_flag=True, help="Start another run of the same job.")
-@click.option("--download", is_flag=True, help="Fetch models that the job names and the cache lacks.")
-@click.option("--dry-run", is_flag=True, help="Say what would be measured and what it would take.")
-@click.option("--inline", is_flag=True, help="Measure in this process, without Ray: for debugging.")
-@click.option("--trust-remote-code", multiple=True, metavar="MODEL", help="Let this model run code of its own.")
-@click.option("--allow-pickle", multiple=True, metavar="MODEL", help="Load this model's pickled weights.")
+@run_options
 def command(
     job_path: Path,
-    store_uri: str,
     models: tuple[str, ...],
-    cache_dir: Path | None,
-    address: str | None,
     device: str | None,
     engine: str | None,
     sets: tuple[str, ...],
-    new: bool,
-    download: bool,
-    dry_run: bool,
-    inline: bool,
-    trust_remote_code: tuple[str, ...],
-    allow_pickle: tuple[str, ...],
+    **how: Any,
 ) -> int:
     """Run a job: measure what it says on every model it names, and keep the rows in the store.
 
@@ -58,24 +59,59 @@ def command(
     The exit code is 0 when all is done, 1 when some models or units failed, 2 for bad input, 130 or 143 when
     interrupted.
     """
+    return run_file(job_path, How(**how), models=models, sets=sets, device=device, engine=engine)
+
+
+def run_file(path: Path, how: How, *, models: Sequence[str], sets: Sequence[str] = (), **fields: str | None) -> int:
+    """Runs a job file.
+
+    Args:
+        path: of the file.
+        how: to run it.
+        models: in place of the job's, if there are any.
+        sets: `key=value`, what replaces fields of the job.
+        fields: of the job that have an option of their own; None leaves the job's.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: bad input.
+    """
+    job = _job(path, sets, {field: value for field, value in fields.items() if value}, models)
+    return run_job(job, path.read_text(), how)
+
+
+def run_job(job: "Job", written: str, how: How) -> int:
+    """Runs a job, or says what it would take, and shows what came of it.
+
+    Args:
+        job: the job.
+        written: the same as text, for the manifest.
+        how: to run it.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: bad input.
+    """
     from raymi.cluster.frozen import Cache
     from raymi.cluster.sweep import Order, sweep
 
-    given = {"device": device, "engine": engine}
-    job = _job(job_path, sets, {field: value for field, value in given.items() if value}, models)
-    if inline and not dry_run:
+    if how.inline and not how.dry_run:
         _check_device(job.device)
-    store = raymi.store.open(store_uri)
-    cache = Cache(cache_dir, frozenset(trust_remote_code), frozenset(allow_pickle), download)
-    order = Order(job, job_path.read_text(), _run_name(store, job, new=new), cache, address, inline)
-    if dry_run:
+    store = raymi.store.open(how.store_uri)
+    cache = Cache(how.cache_dir, frozenset(how.trust_remote_code), frozenset(how.allow_pickle), how.download)
+    order = Order(job, written, _run_name(store, job, new=how.new), cache, how.address, how.inline)
+    if how.dry_run:
         return _rehearse(order, store)
     result = sweep(order, store)
-    _show(order, store, store_uri, result)
+    _show(order, store, how.store_uri, result)
     return _exit_code(result)
 
 
-def _job(path: Path, sets: tuple[str, ...], given: dict[str, str], models: tuple[str, ...]) -> "Job":
+def _job(path: Path, sets: Sequence[str], given: dict[str, str], models: Sequence[str]) -> "Job":
     """The job as the command line changes it; `given` are fields that have an option of their own."""
     from raymi.job import Models, load_job
 
@@ -86,7 +122,7 @@ def _job(path: Path, sets: tuple[str, ...], given: dict[str, str], models: tuple
         for field, value in given.items():
             said = said.replace(f"--set {field}={value}: {field}: ", f"--{field}: ")
         raise UserError(said, hint=error.hint) from None
-    return job.model_copy(update={"models": Models(include=models)}) if models else job
+    return job.model_copy(update={"models": Models(include=tuple(models))}) if models else job
 
 
 def _check_device(device: str) -> None:
@@ -124,7 +160,7 @@ def _rehearse(order: "Order", store: "Store") -> int:
         takes = [f"{cost.forwards:,}", duration(cost.seconds), size(cost.peak_bytes)] if cost else ["-", "-", "-"]
         rows.append([key, *counts, *takes])
         seconds += cost.seconds if cost else 0.0
-    header = ("model", "units", "ablations", "forwards", "time", "peak memory")
+    header = ("model", "units", "to measure", "forwards", "time", "peak memory")
     click.echo("\n".join(table(header, rows, right=range(1, 6), width=terminal_width())))
     click.echo(f"\n{order.run}: about {duration(seconds)} on this machine, one model after the other")
     for failed in failures:

@@ -1,21 +1,23 @@
-"""`raymi sae`: the sparse autoencoders in the cache, and one of them more closely."""
+"""`raymi sae`: the sparse autoencoders in the cache, one of them more closely, and what they do in a model."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
 import click
+import yaml
 
 from raymi import catalog
+from raymi.cli.options import cache_option, run_options
+from raymi.cli.sae_question import MEASURES, Question, job_of, own_models
 from raymi.cli.text import count, table, terminal_width
+from raymi.errors import UserError
 from raymi.sae import discover, files
 from raymi.sae.description import Description
 from raymi.sae.discover import Found
 
-_cache_option = click.option(
-    "--cache-dir", type=click.Path(path_type=Path), help="The cache, in place of the one HF_HOME names."
-)
 _json_option = click.option("--json", "as_json", is_flag=True, help="As JSON.")
 
 
@@ -26,7 +28,7 @@ def command() -> None:
 
 @command.command("list")
 @click.argument("where", required=False)
-@_cache_option
+@cache_option
 @_json_option
 def list_(where: str | None, cache_dir: Path | None, as_json: bool) -> None:
     """List the SAEs in the Hugging Face cache, or in WHERE: a folder, or repo[@revision][:path]."""
@@ -53,7 +55,7 @@ def list_(where: str | None, cache_dir: Path | None, as_json: bool) -> None:
 
 @command.command()
 @click.argument("where")
-@_cache_option
+@cache_option
 @_json_option
 def inspect(where: str, cache_dir: Path | None, as_json: bool) -> None:
     """Show what one SAE computes and which tensors it has. Reads no weights.
@@ -88,11 +90,65 @@ def inspect(where: str, cache_dir: Path | None, as_json: bool) -> None:
 
 @command.command()
 @click.argument("where")
-@_cache_option
+@cache_option
 def fetch(where: str, cache_dir: Path | None) -> None:
     """Download one SAE, REPO[@REVISION]:PATH, into the Hugging Face cache, and nothing else of its repository."""
     about = discover.fetch(where, cache_dir=cache_dir)
     click.echo(f"{about.source}: {about.architecture}, {about.d_in:,} -> {about.d_sae:,}, at {about.site}")
+
+
+@command.command()
+@click.argument("saes", nargs=-1, required=True, metavar="SAE...")
+@click.option("--model", "models", multiple=True, metavar="ID", help="Default: the one each SAE was trained on.")
+@click.option(
+    "--measure",
+    "measures",
+    multiple=True,
+    type=click.Choice(MEASURES),
+    default=("quality",),
+    show_default=True,
+    help="quality: how well it reconstructs. features: what is active where. injection: what a feature does that is "
+    "added. ablation: what each active feature does. Repeatable.",
+)
+@click.option(
+    "--corpus", type=click.Path(path_type=Path), help="Texts for quality and features: JSONL, Parquet or text."
+)
+@click.option("--context", type=int, help="Tokens of a chunk of the corpus.  [default: 128]")
+@click.option("--chunks", type=int, help="At most so many chunks, from the beginning of the corpus.")
+@click.option("--prompt", help="A text to continue.")
+@click.option("--answer", help="What should follow it, with its leading blank.")
+@click.option("--set-of-prompts", "prompt_set", type=click.Choice(["capitals", "ioi"]), help="Prompts of raymi's own.")
+@click.option("--feature", "features", multiple=True, type=int, metavar="N", help="What to inject. Repeatable.")
+@click.option("--strength", "strengths", multiple=True, type=float, metavar="X", help="How much of it. Repeatable.")
+@click.option("--skip-first", type=int, metavar="N", help="So many first tokens of every text do not count.")
+@click.option("--device", help="auto, cpu, cuda or mps.")
+@run_options
+@click.pass_context
+def run(ctx: click.Context, saes: tuple[str, ...], models: tuple[str, ...], device: str | None, **given: Any) -> int:
+    """Measure SAEs on the model they belong to, and keep the rows in the store.
+
+    An SAE is a folder, repo[@revision][:path] in the cache, or a pattern over `raymi sae list` such as 'org/*'. In
+    place of SAEs, JOB.yaml runs a job file, as `raymi run` does. Either way the same command goes on where it stopped,
+    and the exit codes are those of `raymi run`.
+    """
+    from raymi.cli.run import How, run_file, run_job
+
+    how = How(**{name: given.pop(name) for name in How.__slots__})
+    if any(Path(sae).suffix in (".yaml", ".yml") for sae in saes):
+        _only_a_job(ctx, saes, given)
+        return run_file(Path(saes[0]), how, models=models, device=device)
+    data = Question(**given, device=device).data(saes, models or own_models(saes, how.cache_dir))
+    return run_job(job_of(data), yaml.safe_dump(data, sort_keys=False), how)
+
+
+def _only_a_job(ctx: click.Context, saes: Sequence[str], given: Mapping[str, Any]) -> None:
+    """Whether nothing stands beside a job file that the file itself says."""
+    if len(saes) > 1:
+        raise UserError(f"found {' and '.join(saes)}; allowed: one job file, or SAEs")
+    for option in ctx.command.params:
+        source = ctx.get_parameter_source(option.name or "")
+        if option.name in given and source is click.core.ParameterSource.COMMANDLINE:
+            raise UserError(f"{option.opts[0]}: it is {saes[0]} that says what is measured")
 
 
 def record(about: Description) -> dict[str, Any]:

@@ -45,6 +45,33 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collec
     return lines
 
 
+def number(value: float | None, sign: str = "") -> str:
+    """A measurement: 0.0498, 1.2e-05, or - where there is none; `sign` is `+` for one that may go either way."""
+    if value is None:
+        return "-"
+    return f"{value:{sign}.1e}" if 0 < abs(value) < 1e-3 else f"{value:{sign}.4f}"
+
+
+def plural(n: int, noun: str) -> str:
+    """1 model, 2 models."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def bars(values: Sequence[float | None], most: int = 24) -> str:
+    """Values from 0 up as one character each, relative to the largest; a dot where there is none.
+
+    Args:
+        values: one a place.
+        most: characters; where there are more values, neighbours share one, which shows the larger.
+    """
+    glyphs = "▁▂▃▄▅▆▇█" if (sys.stdout.encoding or "").lower().startswith("utf") else "12345678"
+    n = min(len(values), most)
+    bins = [values[i * len(values) // n : (i + 1) * len(values) // n] for i in range(n)]
+    tops = [max((value for value in some if value is not None), default=None) for some in bins]
+    largest = max((top for top in tops if top is not None), default=0) or 1
+    return "".join("·" if top is None else glyphs[round(top / largest * (len(glyphs) - 1))] for top in tops)
+
+
 def terminal_width() -> int:
     """Characters in a line, or 0 where no person reads: what goes into a pipe is not folded."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else 0

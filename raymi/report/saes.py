@@ -23,6 +23,8 @@ METRICS = (
     *("kl_div_with_sae", "kl_div_with_ablation", "kl_div_score"),
 )
 """By SAELens's keys; `raymi.sae.metrics` says what they mean."""
+_PAIRS = 2_000_000
+"""Active features of tokens that are looked at together, which takes about half a gigabyte."""
 _MOVED = 5
 """Tokens that are named of those that an injection moves most."""
 _BEFORE, _AFTER = 12, 6
@@ -204,7 +206,8 @@ def activity(store: Store, run: Manifest) -> pl.DataFrame:
             pl.col("position").count().cast(pl.Int64).alias("tokens"),
             pl.col("features").list.len().filter(counted).mean().alias("mean_l0"),
         )
-        seen = _pairs(rows).group_by(by).agg(pl.col("feature").n_unique().cast(pl.Int64).alias("features"))
+        feature = pl.col("features").explode().n_unique()
+        seen = rows.filter(pl.col("features").list.len() > 0).group_by(by).agg(feature.cast(pl.Int64))
         return about.join(seen, on=by, how="left").with_columns(pl.col("features").fill_null(0))
 
     return collect(found).sort(by)
@@ -218,23 +221,19 @@ def features(store: Store, run: Manifest) -> pl.DataFrame:
         density (the share of the tokens that count), mean and max (of its activations there); ascending.
     """
     by = [*SAE, "skipped"]
-
-    def found() -> pl.LazyFrame:
-        rows = _tokens(store, run)
-        total = rows.group_by(by).agg(pl.col("position").count().alias("total"))
-        each = (
-            _pairs(rows)
-            .group_by(*by, "feature")
-            .agg(
-                pl.len().cast(pl.Int64).alias("tokens"),
-                pl.col("value").cast(pl.Float64).mean().alias("mean"),
-                pl.col("value").cast(pl.Float64).max().alias("max"),
-            )
-        )
-        density = (pl.col("tokens") / pl.col("total")).alias("density")
-        return each.join(total, on=by).select(*by, "feature", "tokens", density, "mean", "max")
-
-    return collect(found).sort(*by, "feature")
+    value = pl.col("value").cast(pl.Float64)
+    parts = [
+        _pairs(rows)
+        .group_by(*by, "feature")
+        .agg(pl.len().cast(pl.Int64).alias("tokens"), value.sum().alias("sum"), value.max().alias("max"))
+        for rows in _batches(store, run)
+    ]
+    each = pl.concat(parts).group_by(*by, "feature").agg(pl.col("tokens", "sum").sum(), pl.col("max").max())
+    total = collect(lambda: _tokens(store, run).group_by(by).agg(pl.col("position").count().alias("total")))
+    found = each.join(total, on=by).with_columns(
+        (pl.col("tokens") / pl.col("total")).alias("density"), (pl.col("sum") / pl.col("tokens")).alias("mean")
+    )
+    return found.select(*by, "feature", "tokens", "density", "mean", "max").sort(*by, "feature")
 
 
 def examples(store: Store, run: Manifest, top: int = 10) -> pl.DataFrame:
@@ -250,19 +249,15 @@ def examples(store: Store, run: Manifest, top: int = 10) -> pl.DataFrame:
         prompt_id, position, token, context (the token in it stands in « »); ascending.
     """
     by = [*SAE, "skipped", "feature"]
-
-    def found() -> pl.LazyFrame:
-        largest = pl.struct(-pl.col("value"), "prompt_id", "position")
-        return (
-            _pairs(_tokens(store, run))
-            .group_by(by)
-            .agg(pl.struct("value", "prompt_id", "position").sort_by(largest).head(top).alias("at"))
-            .with_columns(pl.int_ranges(1, pl.col("at").list.len() + 1).alias("rank"))
-            .explode("at", "rank")
-            .unnest("at")
-        )
-
-    table = collect(found).sort(*by, "rank").cast({"rank": pl.Int64, "value": pl.Float64})
+    best: pl.DataFrame | None = None
+    for rows in _batches(store, run):
+        pairs = _pairs(rows) if best is None else pl.concat([best, _pairs(rows)], how="diagonal")
+        # Sorted as a whole: a group at a time would sort tens of thousands of them.
+        ordered = pairs.sort("value", "prompt_id", "position", descending=[True, False, False])
+        best = ordered.group_by(by, maintain_order=True).head(top)
+    assert best is not None, "there is always a batch"
+    table = best.sort(by, maintain_order=True).with_columns(pl.int_range(1, pl.len() + 1).over(by).alias("rank"))
+    table = table.cast({"rank": pl.Int64, "value": pl.Float64})
     place = ["model_id", "revision", "prompt_id"]
     named = table.select(place).unique().lazy()
     texts = collect(lambda: store.scan("prompts", run.run).join(named, on=place, how="semi").select(*place, "tokens"))
@@ -305,7 +300,16 @@ def _tokens(store: Store, run: Manifest) -> pl.LazyFrame:
     return store.scan("sae_features", run.run).unique(["unit_id", "sae", "site", "prompt_id", "position"])
 
 
-def _pairs(rows: pl.LazyFrame) -> pl.LazyFrame:
+def _batches(store: Store, run: Manifest) -> Iterable[pl.DataFrame]:
+    """The same, as many units at a time as have `_PAIRS` active features together; there is always one batch."""
+    size = pl.col("features").list.len().sum().cast(pl.Int64).alias("pairs")
+    units = collect(lambda: _tokens(store, run).group_by("unit_id").agg(size)).sort("unit_id")
+    batches = units.group_by(pl.col("pairs").cum_sum() // _PAIRS, maintain_order=True).agg("unit_id")
+    for unit_ids in batches["unit_id"].to_list() or [[]]:
+        yield collect(lambda of=unit_ids: _tokens(store, run).filter(pl.col("unit_id").is_in(of)))
+
+
+def _pairs(rows: pl.DataFrame) -> pl.DataFrame:
     """One row a token and active feature: with `feature` and `value` in place of the lists."""
     named = rows.select(*SAE, "skipped", "prompt_id", "position", feature="features", value="values")
     return named.filter(pl.col("feature").list.len() > 0).explode("feature", "value")

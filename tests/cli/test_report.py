@@ -3,20 +3,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 from click.testing import CliRunner, Result
 
 import raymi.store
 from raymi.cli.main import raymi as cli
-from raymi.cli.report import bars
+from raymi.cli.sae_text import clipped
+from raymi.cli.text import bars
 from raymi.errors import UserError
 from raymi.store import schemas
 from raymi.store.layout import slug
 from tests.rows import cell, failure, loaded, take
+from tests.sae_rows import Tokens, ablated, injected, moved, seen, text
 
 RUN = "heads-1a2b3c4d"
 LONG = "HuggingFaceTB/SmolLM2-135M-Instruct"
+CHANGED = moved(t1=0.5, t2=0.125, t3=-0.5)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +130,85 @@ def test_report_works_while_the_run_goes_on(tmp_path: Path) -> None:
 def test_the_store_comes_from_the_environment_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYMI_STORE", str(folder))
     assert RUN in call("runs").output
+
+
+@pytest.fixture(scope="module")
+def of_saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a run of nothing but autoencoders, two of them, with names as long as they are."""
+    folder = tmp_path_factory.mktemp("saes")
+    rng = np.random.default_rng(0)
+    told = {"model_id": LONG, "sae": f"{LONG}-sae:blocks.15.hook_resid_post"}
+    tables = {
+        "sae_quality": [
+            Tokens(rng, 30).row("q", **told, fired_tokens=[9, 3, 1], fired_features=[0, 1, 2], fired_texts=[1, 1, 1]),
+            Tokens(rng, 30).row("q", **{**told, "sae": "short"}),
+        ],
+        "sae_features": [seen("a", at, {at: float(at), 40: 1.0}, **told) for at in range(30)],
+        "sae_injections": [
+            injected(strength, "a", feature=feature, **told, kl=strength / 10, logit_shift=3.25, changed=CHANGED)
+            for strength in (1.0, 50.0)
+            for feature in range(15)
+        ],
+        "sae_ablations": [ablated(n, "a", (2.5,), logit_diff=n / 10, kl=0.5, **told) for n in range(12)],
+        "prompts": [{**text("a", [f" word{n}\n" for n in range(30)]), "model_id": LONG}],
+        "vocabulary": [{"model_id": LONG, "revision": "0" * 40, "token_id": 1, "token": " Paris"}],
+    }
+    with take(raymi.store.open(str(folder)), RUN) as run:
+        for table, rows in tables.items():
+            run.add(table, slug(LONG), schemas.rows(table, rows))
+        run.close("done")
+    return folder
+
+
+def test_a_report_of_autoencoders_has_their_tables_and_no_empty_ones(of_saes: Path) -> None:
+    result = call("report", "--store", of_saes)
+    assert result.exit_code == 0
+    text = result.output
+    assert all(len(line) <= 80 for line in text.splitlines()), text
+    assert "1 model, 34 measurements with autoencoders" in text
+    assert "ablated" not in text
+    cells = [line.split() for line in text.splitlines()]
+    assert "how well activations are reconstructed, without special tokens (sae_lens 6.54)" in text
+    (quality,) = [row for row in cells if row[-3:] == ["5", "of", "8"]]
+    assert quality[0] == "30"
+    assert ["3.2e-02", "▅█", "3.2e-01"] in cells
+    # The strongest features, the strongest of them first, and where.
+    (strongest,) = [line for line in text.splitlines() if line.startswith("     29  ")]
+    assert strongest.split()[:4] == ["29", "0.0333", "29.00", "29.00"]
+    assert strongest.endswith("« word29 »")
+    # Those that change most, and what they raise.
+    assert ["14", "50", "1", "3.2500", "5.0000", "-", '"', 'Paris"', "+50.0"] in cells
+    assert text.count("and 10 more rows in --csv and --parquet") == 1
+    assert ["11", "1", "of", "1", "2.50", "0.5000", "+1.1000", "1.1000"] in cells
+    assert "and 2 more rows" in text
+
+
+def test_tables_of_autoencoders_are_exported(of_saes: Path, folder: Path, tmp_path: Path) -> None:
+    names = ("quality", "densities", "injections", "ablations", "activity", "features", "examples")
+    assert call("report", "--store", of_saes, "--csv", tmp_path).exit_code == 0
+    heights = {path.stem: pl.read_csv(path, infer_schema=False).height for path in tmp_path.iterdir()}
+    assert heights.keys() == {"models", "layers", "failures", *(f"sae_{name}" for name in names)}
+    assert (heights["sae_quality"], heights["sae_injections"], heights["sae_features"]) == (2, 30, 31)
+    report = json.loads(call("report", "--store", of_saes, "--json").output)
+    assert {name: len(report[name]) for name in heights} == heights
+    assert report["measured"] == 34
+    knockouts = json.loads(call("report", "--store", folder, "--json").output)
+    assert all(knockouts[f"sae_{name}"] == [] for name in names)
+
+
+@pytest.mark.parametrize(
+    ("context", "room", "shown"),
+    [
+        ("one two« three» four five", 100, "one two« three» four five"),
+        ("one two« three» four five", 20, "one two« three» four"),
+        ("of one two« three» four five", 20, "…ne two« three» four"),
+        ("a\n\n b« c»", None, "a b« c»"),
+        ("« first» and then much more of it", 12, "« first» and"),
+        ("much of it and then« last»", 12, "…then« last»"),
+    ],
+)
+def test_contexts_are_cut_where_they_are_not_marked(context: str, room: int | None, shown: str) -> None:
+    assert clipped(context, room) == shown
 
 
 @pytest.mark.parametrize(

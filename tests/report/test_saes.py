@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import polars.testing
 import pytest
 
 import raymi.store
@@ -13,17 +14,7 @@ from raymi.report import saes, tables
 from raymi.store import schemas
 from raymi.store.reader import Store
 from tests.rows import MODEL, REVISION, cell, take
-
-SAE = "org/sae:res"
-D, F = 5, 8
-ABOUT: dict[str, Any] = {
-    "model_id": MODEL,
-    "revision": REVISION,
-    "dtype": "float32",
-    "sae": SAE,
-    "sae_version": "1" * 40,
-    "site": "blocks.1.hook_resid_post",
-}
+from tests.sae_rows import D, F, Tokens, ablated, injected, moved, seen, text
 
 
 @pytest.fixture
@@ -41,58 +32,6 @@ def put(store: Store, table: str, *rows: Mapping[str, Any], **others: Sequence[M
 def only(frame: pl.DataFrame, **values: Any) -> dict[str, Any]:
     (row,) = (frame.filter(**values) if values else frame).to_dicts()
     return row
-
-
-class Tokens:
-    """Tokens of a few texts, what an autoencoder made of them, and what the model did then."""
-
-    def __init__(self, rng: np.random.Generator, n: int) -> None:
-        self.x = rng.normal(3, 2, (n, D))
-        self.out = self.x + rng.normal(0, 0.5, (n, D))
-        self.features = np.where(rng.random((n, F)) < 0.3, rng.random((n, F)), 0)
-        self.features[:, 6:] = 0
-        self.clean, self.sae, self.zeros = rng.random(n), 1 + rng.random(n), 4 + rng.random(n)
-        self.kl, self.kl_zeros = rng.random(n) / 10, 3 + rng.random(n)
-
-    def row(self, unit: str, **more: Any) -> dict[str, Any]:
-        """One text's row of table `sae_quality`; its last token has no next one."""
-        norm_in, norm_out = np.linalg.norm(self.x, axis=1), np.linalg.norm(self.out, axis=1)
-        inner = (self.x * self.out).sum(1)
-        fired = (self.features > 0).sum(0)
-        at = np.flatnonzero(fired)
-        return {
-            **ABOUT,
-            "unit_id": unit,
-            "experiment": "quality",
-            "skipped": "special tokens",
-            "definitions": "sae_lens 6.54",
-            "engine": "cone",
-            "texts": 1,
-            "d_sae": F,
-            "tokens": len(self.x),
-            "sum_x": self.x.sum(0).tolist(),
-            "sum_x2": (norm_in**2).sum(),
-            "sum_residual2": ((self.x - self.out) ** 2).sum(),
-            "sum_out2": (norm_out**2).sum(),
-            "sum_x_out": inner.sum(),
-            "sum_norm_in": norm_in.sum(),
-            "sum_norm_out": norm_out.sum(),
-            "sum_norm_ratio": (norm_out / norm_in).sum(),
-            "sum_cosine": (inner / norm_in / norm_out).sum(),
-            "sum_l0": float(fired.sum()),
-            "sum_l1": self.features.sum(),
-            "fired_features": at.tolist(),
-            "fired_tokens": fired[at].tolist(),
-            "fired_texts": [1] * len(at),
-            "loss_tokens": len(self.x) - 1,
-            "sum_loss_clean": self.clean[:-1].sum(),
-            "sum_loss_sae": self.sae[:-1].sum(),
-            "sum_loss_ablated": self.zeros[:-1].sum(),
-            "kl_tokens": len(self.x),
-            "sum_kl_sae": self.kl.sum(),
-            "sum_kl_ablated": self.kl_zeros.sum(),
-            **more,
-        }
 
 
 def test_quality_of_units_is_that_of_all_their_tokens(store: Store) -> None:
@@ -147,29 +86,6 @@ def test_densities_count_features_and_the_dead_apart(store: Store) -> None:
     assert found["below"].to_list()[1:-1] == found["at_least"].to_list()[2:]
 
 
-def injected(strength: float, prompt: str, **more: Any) -> dict[str, Any]:
-    name = f"{prompt}.{strength}.{more.get('feature')}"
-    return {
-        **ABOUT,
-        "unit_id": "i",
-        "experiment": "injection",
-        "ablation_id": name,
-        "prompt_id": prompt,
-        "feature": 3,
-        "strength": strength,
-        "positions": [4],
-        "kl": 0.5,
-        "engine": "cone",
-        **more,
-    }
-
-
-def moved(**changes: float) -> list[dict[str, Any]]:
-    return [
-        {"token_id": int(token[1:]), "prob_clean": 0.25, "prob_ablated": 0.25 + by} for token, by in changes.items()
-    ]
-
-
 def test_injections_are_means_over_prompts_and_positions(store: Store) -> None:
     put(
         store,
@@ -198,22 +114,6 @@ def test_injections_are_means_over_prompts_and_positions(store: Store) -> None:
     assert only(found, strength=5.0)["raised"] is None
 
 
-def ablated(feature: int | None, prompt: str, values: Sequence[float] = (1.0,), **more: Any) -> dict[str, Any]:
-    return {
-        **ABOUT,
-        "unit_id": "a",
-        "experiment": "ablation",
-        "skipped": "special tokens",
-        "ablation_id": f"{prompt}.{feature}" if feature is not None else None,
-        "prompt_id": prompt,
-        "feature": feature,
-        "positions": [*range(len(values))] if feature is not None else None,
-        "values": [*values] if feature is not None else None,
-        "engine": "cone",
-        **more,
-    }
-
-
 def test_ablated_features_are_ordered_by_their_effect_over_all_prompts(store: Store) -> None:
     put(
         store,
@@ -237,26 +137,6 @@ def test_without_an_answer_the_divergence_orders_them(store: Store) -> None:
     put(store, "sae_ablations", ablated(1, "a", kl=0.3), ablated(2, "a", kl=0.2), ablated(2, "b", kl=0.2))
     found = saes.ablations(store, store.find())
     assert found.select("feature", "effect").rows() == [(2, None), (1, None)]
-
-
-def seen(prompt: str, position: int | None, active: Mapping[int, float], **more: Any) -> dict[str, Any]:
-    order = sorted(active, key=lambda feature: -active[feature])
-    return {
-        **ABOUT,
-        "unit_id": "f",
-        "experiment": "features",
-        "skipped": "special tokens and the first 1",
-        "prompt_id": prompt,
-        "n_tokens": 30,
-        "position": position,
-        "features": order if position is not None else None,
-        "values": [active[feature] for feature in order] if position is not None else None,
-        **more,
-    }
-
-
-def text(prompt: str, tokens: Sequence[str]) -> dict[str, Any]:
-    return {"model_id": MODEL, "revision": REVISION, "prompt_id": prompt, "tokens": [*tokens]}
 
 
 def test_activity_counts_tokens_without_features_and_texts_without_tokens(store: Store) -> None:
@@ -314,6 +194,31 @@ def test_examples_show_the_strongest_tokens_in_their_context(store: Store) -> No
     # Of equal ones the first, so that reports of one run are equal.
     assert found.filter(feature=6)["position"].to_list() == [1, 2, 3, 4]
     assert found.filter(feature=6)["context"][3] == "".join(words[:4]) + "« w4»" + "".join(words[5:11])
+
+
+def test_batches_of_units_give_what_all_units_together_give(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        seen("a", at, {int(f): float(rng.random()) for f in rng.choice(F, 3, replace=False)}, unit_id=f"f{at % 5}")
+        for at in range(25)
+    ]
+    put(store, "sae_features", *rows, seen("b", 1, {}, unit_id="f9"), prompts=[text("a", ["x"] * 25)])
+    run = store.find()
+    whole = saes.features(store, run), saes.examples(store, run, top=3), saes.activity(store, run)
+    monkeypatch.setattr(saes, "_PAIRS", 20)
+    assert len(list(saes._batches(store, run))) > 2
+    assert saes.examples(store, run, top=3).equals(whole[1])
+    pl.testing.assert_frame_equal(saes.features(store, run), whole[0])
+    # And both are what the rows say.
+    values = sorted(
+        (value, row["position"])
+        for row in rows
+        for f, value in zip(row["features"], row["values"], strict=True)
+        if f == 3
+    )
+    best = whole[1].filter(feature=3)
+    assert best["position"].to_list() == [position for _, position in values[:-4:-1]]
+    assert only(whole[0], feature=3)["mean"] == pytest.approx(np.mean([value for value, _ in values]))
 
 
 def test_rows_that_stand_twice_for_an_instant_count_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,7 @@ class _Record:
         ids: list[int] = data["token_id"].to_pylist()
         mask = [token not in known for token in ids]
         known.update(ids)
-        return data.filter(mask)
+        return data if all(mask) else data.filter(mask)  # Arrow takes no empty list for a mask
 
     def _trouble(self, trouble: Trouble) -> None:
         failure, model = trouble.failure, self._agenda.models[trouble.model]

@@ -90,6 +90,8 @@ def scan(
 ) -> list[CachedModel]:
     """Describes every model in the cache, in the order of the ids, each at the revision that refs/main points to.
 
+    Repositories of other things, such as sparse autoencoders, are left out.
+
     Args:
         cache_dir: the cache; by default the one of `default_cache`. One that does not exist is empty.
         allow_pickle: whether pickled weights count as runnable.
@@ -101,6 +103,7 @@ def scan(
     return [
         _describe(id, repo, repo.main(), allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
         for id, repo in sorted(_repos(cache_dir).items())
+        if not _of_another_kind(repo)
     ]
 
 
@@ -305,6 +308,20 @@ def _files(folder: Path) -> set[str]:
     if lost:
         raise DamagedError(f"incomplete snapshot: {lost[0]} is a broken link")
     return set(there)
+
+
+def _of_another_kind(repo: _Repo) -> bool:
+    """Whether a repository never was a model's: it has no file that one needs, and none is on its way.
+
+    An autoencoder's `cfg.json` tells whose the weights beside it are.
+    """
+    try:
+        names = os.listdir(repo.snapshot(repo.main()))
+    except OSError:
+        return False
+    if not names or snapshot.CONFIG in names or _interrupted(repo):
+        return False
+    return "cfg.json" in names or not snapshot.files_needed(names)
 
 
 def _interrupted(repo: _Repo) -> bool:

@@ -61,6 +61,15 @@ def test_models_come_in_the_order_of_their_ids(tmp_path: Path) -> None:
     assert [model.id for model in catalog.scan(tmp_path)] == ["gpt2", "org/a/x", "org/b"]
 
 
+def test_repositories_of_autoencoders_are_no_broken_models(tmp_path: Path) -> None:
+    add_model(tmp_path, "org/model")
+    add_files(tmp_path, "org/sae", {"cfg.json": "{}", "model.safetensors": b"weights"})
+    add_files(tmp_path, "org/scope", {"README.md": "", "layer_0/width_16k/average_l0_105/params.npz": b"weights"})
+    assert [model.id for model in catalog.scan(tmp_path)] == ["org/model"]
+    (tmp_path / "models--org--scope" / "blobs" / "0123.incomplete").write_bytes(b"half of something")
+    assert [model.id for model in catalog.scan(tmp_path)] == ["org/model", "org/scope"]
+
+
 def test_shards_are_read_through_the_index(tmp_path: Path) -> None:
     add_model(tmp_path, "whole")
     add_model(tmp_path, "shards", shards=3)

@@ -316,7 +316,7 @@ def _of_another_kind(repo: _Repo) -> bool:
     An autoencoder's `cfg.json` tells whose the weights beside it are.
     """
     try:
-        names = os.listdir(repo.snapshot(repo.main()))
+        names = [path.name for path in repo.snapshot(repo.main()).iterdir()]
     except OSError:
         return False
     if not names or snapshot.CONFIG in names or _interrupted(repo):

@@ -112,6 +112,8 @@ class Restart:
             if given.shape != taken.shape:
                 raise NoSuchPlace(f"{list(given.shape)} does not fit {what}, of shape {list(taken.shape)}")
         at = parse(site, self.model.n_layers)
+        if at.layer is not None and at.name not in (*EDITABLE, "hook_resid_mid"):
+            raise NoSuchPlace(f"{self.model.name}: {site} can be read, but not written")
         with ExitStack() as stack:
             if at.layer is None:
                 hidden_BTD = self._from_embedding(value, counts_BT, stack)

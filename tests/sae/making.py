@@ -15,7 +15,9 @@ from raymi.sae.formats.base import straight
 D, F = 6, 40
 
 
-def weights(activation: Activation, *, d_sae: int = F, coarse: bool = False, seed: int = 0) -> dict[str, Tensor]:
+def weights(
+    activation: Activation, *, d_sae: int = F, coarse: bool = False, seed: int = 0, d_in: int = D
+) -> dict[str, Tensor]:
     """Random weights; `coarse` ones are small integers, so that activations tie and matrix products are exact."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -25,18 +27,20 @@ def weights(activation: Activation, *, d_sae: int = F, coarse: bool = False, see
         return torch.randn(shape, generator=generator)
 
     biases = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}.get(activation, ("b_enc",))
-    made = {"W_enc": numbers(D, d_sae), "W_dec": numbers(d_sae, D), "b_dec": numbers(D)}
+    made = {"W_enc": numbers(d_in, d_sae), "W_dec": numbers(d_sae, d_in), "b_dec": numbers(d_in)}
     return made | {name: numbers(d_sae) for name in biases}
 
 
-def sae(activation: Activation, *, d_sae: int = F, coarse: bool = False, seed: int = 0, **about: Any) -> SAE:
+def sae(
+    activation: Activation, *, d_sae: int = F, coarse: bool = False, seed: int = 0, d_in: int = D, **about: Any
+) -> SAE:
     """An autoencoder that is in no file."""
-    made = weights(activation, d_sae=d_sae, coarse=coarse, seed=seed)
+    made = weights(activation, d_sae=d_sae, coarse=coarse, seed=seed, d_in=d_in)
     if activation == "topk":
         about.setdefault("k", 5)
     description = Description(
-        format="made", file=Path("made"), architecture=activation, activation=activation, d_in=D, d_sae=d_sae, d_out=D,
-        dtype="float32", tensors=straight(*made), **about,
+        format="made", file=Path("made"), architecture=activation, activation=activation, d_in=d_in, d_sae=d_sae,
+        d_out=d_in, dtype="float32", tensors=straight(*made), **about,
     )  # fmt: skip
     return SAE(description, made)
 

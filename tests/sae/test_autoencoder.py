@@ -158,6 +158,34 @@ def test_injection_places_strength_times_decoder_rows() -> None:
     assert torch.equal(made.decoder_vector(4), decoder[4])
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "about",
+    [
+        {},
+        {"normalisation": "constant_norm_rescale"},
+        {"normalisation": "layer_norm", "rescale_by_decoder_norm": True},
+        {"normalisation": "expected_average_only_in", "input_scale": 0.4, "output_scale": 0.4},
+    ],
+)
+def test_contributions_are_what_the_output_loses(activation: Activation, about: dict[str, Any]) -> None:
+    made, x = sae(activation, apply_b_dec_to_input=True, **about), torch.randn(7, D) * 3
+    dense = made.encode(x)
+    feature = int(dense.sum(0).argmax())
+    without = dense.clone()
+    without[:, feature] = 0
+    expected = made.decode(dense, like=x) - made.decode(without, like=x)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(made.contributions([feature] * 7, dense[:, feature], x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_reconstructing_from_features_that_are_known() -> None:
+    made, x = sae("topk"), torch.randn(2, 5, D)
+    assert torch.equal(made.reconstruct(x, made.encode_sparse(x)), made.reconstruct(x))
+    nothing = made.encode_sparse(x[:0])
+    assert made.reconstruct(x[:0], nothing).shape == (0, 5, D)
+
+
 def test_reading_decoder_rows_leaves_the_decoder_where_it_is() -> None:
     made = sae("relu")
     made.decoder_vectors([1, 2])

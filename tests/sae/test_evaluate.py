@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from raymi.sae import SAE, evaluate, load
-from raymi.sae.evaluate import Downstream, Reconstruction, metrics, reconstruction
+from raymi.sae.evaluate import Downstream, Predictions, Reconstruction, metrics, reconstruction
 from tests.sae.making import D, F, sae
 
 VOCABULARY, SKIPPED = 50, [0, 7]
@@ -209,3 +209,33 @@ def test_densities_by_decade() -> None:
         (0.001, 0.01), (0.01, 0.1), (0.1, 1), (1, 10),
     ]  # fmt: skip
     assert metrics(counted)["dead_features"] == 1
+
+
+def test_the_same_prediction_for_every_token_need_not_be_repeated() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, other = (torch.randn(n, VOCABULARY, generator=generator) * 4 for n in (9, 1))
+    next_ids = torch.tensor([3, -1, 5, 5, 0, -1, 49, 2, 1])
+    predictions = Predictions(logits, next_ids)
+    assert predictions.compared(other) == pytest.approx(predictions.compared(other.expand(9, -1)), rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2 * VOCABULARY, 1 << 20])
+def test_predictions_are_compared_in_slices_of_any_size(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "_SLICE", {"cpu": size, "gpu": size})
+    generator = torch.Generator().manual_seed(0)
+    logits, other = torch.randn(2, 7, VOCABULARY, generator=generator) * 4
+    next_ids = torch.tensor([3, -1, 5, 5, 0, 49, -1])
+    loss, divergence = Predictions(logits, next_ids).compared(other)
+    log_p, log_q = logits.double().log_softmax(-1), other.double().log_softmax(-1)
+    assert loss == pytest.approx(-sum(float(log_q[i, n]) for i, n in enumerate(next_ids.tolist()) if n >= 0), rel=1e-5)
+    assert divergence == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum()), rel=1e-5)
+    assert Predictions(logits, next_ids).clean.loss_tokens == 5
+
+
+def test_divergence_of_predictions_that_are_far_apart() -> None:
+    """Where one is certain of what the other rules out, nothing overflows."""
+    clean, other = torch.zeros(1, 4), torch.zeros(1, 4)
+    clean[0, 0], other[0, 1] = 300.0, 300.0
+    _, divergence = Predictions(clean, torch.tensor([-1])).compared(other)
+    assert divergence == pytest.approx(300, rel=1e-5)
+    assert Predictions(clean, torch.tensor([-1])).compared(clean) == (0.0, 0.0)

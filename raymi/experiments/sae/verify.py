@@ -15,9 +15,9 @@ from raymi.experiments.sae.cells import Change, active_in, injected, name, witho
 from raymi.experiments.sae.spec import Injection, SaeRef, SaeSpec, Work, cell_id
 from raymi.experiments.sae.texts import Task, clean, counting, ids_of, read, written
 from raymi.model.engine import Engine
-from raymi.model.hooked import Cell
-from raymi.model.interventions import Edit, replace
-from raymi.model.sites import NoSuchPlace, Site, parse
+from raymi.model.hooked import Cell, HookedModel
+from raymi.model.interventions import replace
+from raymi.model.sites import Site, parse
 from raymi.prompts import TokenizedPrompt
 from raymi.sae import SAE, Sparse
 
@@ -62,7 +62,8 @@ def verify(
         revision: written into the records.
 
     Returns:
-        Records of table `verifications`, in the order of `drawn`; differences and effects in logits.
+        Records of table `verifications`, in the order of `drawn`; differences and effects in logits. A text of which no
+        token counts has none.
     """
     records: list[dict[str, Any]] = []
     tolerance = engine.capability.tolerance
@@ -129,19 +130,10 @@ def _of_splice(task: Task, prompt: TokenizedPrompt, ref: SaeRef) -> Iterator[_Op
     clean_NV = model.predictions(ids_1T, [()], own_attention=True)[counts_1T]
     x_ND = read(sae, run.sites[ref.site])[counts_1T]
     out_NO = sae.reconstruct(x_ND)
-    try:
-        hidden_1TD = run.again(ref.written, written(sae, run.sites[ref.written], counts_1T, out_NO), counts_1T)
-    except NoSuchPlace:
-        if task.spec.measure != "features":
-            raise
-        # Features can be read where nothing can be written; that the forward is right is what can be seen then.
-        first_NV, second_NV = run.unembed(run.hidden_BTD[counts_1T]), clean_NV
-    else:
-        first_NV = run.unembed(hidden_1TD[counts_1T])
-        own_NO = _out(sae, read(sae, own[ref.site])[counts_1T], x_ND, out_NO)
-        value = written(sae, own[ref.written], counts_1T, own_NO)
-        edit = _written(parse(ref.written, model.n_layers), value[0], counts_1T[0], own)
-        second_NV = model.predictions(ids_1T, [(edit,)], own_attention=True)[counts_1T]
+    value = written(sae, run.sites[ref.written], counts_1T, out_NO)
+    first_NV = run.unembed(run.again(ref.written, value, counts_1T)[counts_1T])
+    own_NO = _out(sae, read(sae, own[ref.site])[counts_1T], x_ND, out_NO)
+    second_NV = _spliced(model, ids_1T, ref, written(sae, own[ref.written], counts_1T, own_NO), counts_1T, own)
     cell = cell_id(task.model_id, prompt.token_ids, ref, ["splice", str(task.spec.skip)])
     yield _Opinions(cell, first_NV, second_NV, clean_NV, "layers" if task.layers else "full")
 
@@ -175,13 +167,20 @@ def _entries(features: Sparse) -> Tensor:
     return features.rows * features.shape[-1] + features.indices
 
 
-def _written(site: Site, value_TX: Tensor, counts_T: Tensor, own: dict[str, Tensor]) -> Edit:
-    """The value at the positions that count, as an intervention."""
-    positions = tuple(counts_T.nonzero()[:, 0].tolist())
+def _spliced(
+    model: HookedModel, ids_1T: Tensor, ref: SaeRef, value: Tensor, counts_1T: Tensor, own: dict[str, Tensor]
+) -> Tensor:
+    """Logits of the tokens that count, [N, V], of a full forward with a value at a site where tokens count."""
+    site, positions = parse(ref.written, model.n_layers), tuple(counts_1T[0].nonzero()[:, 0].tolist())
     if site.layer is None:
-        site = Site(0, "hook_resid_pre")
-    elif site.name == "hook_resid_mid":
-        value_TX = value_TX - own[str(Site(site.layer, "hook_resid_pre"))][0]
-        site = Site(site.layer, "hook_attn_out")
-    assert site.layer is not None
-    return replace(site.layer, site.name, positions, value_TX[list(positions)])
+        # No intervention reaches the embedding.
+        handle = model.model.get_input_embeddings().register_forward_hook(lambda *_: value)
+        try:
+            return model.predictions(ids_1T, [()], own_attention=True)[counts_1T]
+        finally:
+            handle.remove()
+    name, value_TX = site.name, value[0]
+    if name == "hook_resid_mid":
+        name, value_TX = "hook_attn_out", value_TX - own[str(Site(site.layer, "hook_resid_pre"))][0]
+    edit = replace(site.layer, name, positions, value_TX[list(positions)])
+    return model.predictions(ids_1T, [(edit,)], own_attention=True)[counts_1T]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raymi.model.attention import Tap
+from raymi.model.attention import FEW, Tap
 from raymi.model.interventions import Edit
 from raymi.model.sites import Block, NoSuchPlace, first_tensor, hidden_input
 
@@ -40,7 +40,7 @@ class SiteEdits:
                 break
         else:
             self.rounds.append([(row, edit)])
-        return len(edit.positions) * (len(self._heads(edit)) if self.by_head else 1)
+        return self._n_places(edit)
 
     def apply(self, x_BTD: Tensor) -> Tensor:
         """The activation with everything done to it; a new tensor."""
@@ -50,25 +50,42 @@ class SiteEdits:
             self._apply(shaped, of_round)
         return shaped.flatten(-2) if self.by_head else shaped
 
+    def _n_places(self, edit: Edit) -> int:
+        return len(edit.positions) * (len(self._heads(edit)) if self.by_head else 1)
+
     def _heads(self, edit: Edit) -> tuple[int, ...]:
         return tuple(range(self.n_heads)) if edit.heads is None else edit.heads
 
     def _apply(self, x: Tensor, edits: list[tuple[int, Edit]]) -> None:
-        places, factors, shifts = list[tuple[int, ...]](), list[float](), list[Tensor]()
-        for row, edit in edits:
-            heads = [(head,) for head in self._heads(edit)] if self.by_head else [()]
-            at = [(row, position - self.start, *head) for position in edit.positions for head in heads]
-            places += at
-            factors += [edit.factor] * len(at)
-            shifts.append(self._shift(edit, len(heads), x))
-        index = torch.tensor(places, device=x.device)
+        index = self._places(edits).to(x.device)
         where = tuple(index.unbind(1))
-        factor_E1 = torch.tensor(factors, device=x.device, dtype=x.dtype)[:, None]
-        # A factor of 0 must make even an infinity vanish.
-        kept = torch.where(factor_E1 == 0, torch.zeros_like(factor_E1), x[where] * factor_E1)
-        x[where] = kept + torch.cat(shifts)
+        new = torch.cat([self._shift(edit, len(self._heads(edit)) if self.by_head else 1, x) for _, edit in edits])
+        # A factor of 0 must make even an infinity vanish; and what is only replaced need not be read.
+        if any(edit.factor != 0 for _, edit in edits):
+            n_places = torch.tensor([self._n_places(edit) for _, edit in edits])
+            factor_E = torch.tensor([edit.factor for _, edit in edits], dtype=x.dtype).repeat_interleave(n_places)
+            factor_E1 = factor_E.to(x.device)[:, None]
+            new += torch.where(factor_E1 == 0, torch.zeros_like(factor_E1), x[where] * factor_E1)
+        x[where] = new
         assert self.tap.fired_B is not None
         self.tap.fired_B.index_add_(0, index[:, 0], torch.ones_like(index[:, 0]))
+
+    def _places(self, edits: list[tuple[int, Edit]]) -> Tensor:
+        """(row, position) or, at z, (row, position, head) of every entry, in the order of the edits."""
+        if all(len(edit.positions) <= FEW for _, edit in edits):
+            return torch.tensor(
+                [
+                    (row, position - self.start, *head)
+                    for row, edit in edits
+                    for position in edit.positions
+                    for head in ([(head,) for head in self._heads(edit)] if self.by_head else [()])
+                ]
+            )
+        parts: list[Tensor] = []
+        for row, edit in edits:
+            axes = [torch.tensor([row]), torch.tensor(edit.positions) - self.start]
+            parts.append(torch.cartesian_prod(*axes, *([torch.tensor(self._heads(edit))] if self.by_head else [])))
+        return torch.cat(parts)
 
     def _shift(self, edit: Edit, n_heads: int, x: Tensor) -> Tensor:
         width, n = x.shape[-1], len(edit.positions)

@@ -169,6 +169,8 @@ def units(
     Raises:
         UserError: a prompt is longer than the model's context, or has not what the experiment cuts.
     """
+    if isinstance(spec, SaeSpec) and not saes:
+        return []  # nor does it matter then whether the model could read the texts
     rule = rule or CutRule(unit_ablations=job.unit_ablations)
     by_length: dict[int, list[TokenizedPrompt]] = {}
     for prompt in prompts:

@@ -24,6 +24,11 @@ def sections(saes: "Saes", width: int) -> Iterator[str]:
     """
     for each in (_quality, _activity, _injections, _ablations):
         yield from each(saes, width)
+    if not saes.absent.is_empty():
+        yield "\nnot measured:"
+    for about, its in _by(saes.absent, "model_id", "note"):
+        said = f"{about['model_id']}: {', '.join(its['experiment'])}: {about['note']}"
+        yield from fill(said, width or 10_000, initial_indent="  ", subsequent_indent="    ").splitlines()
 
 
 def _quality(saes: "Saes", width: int) -> Iterator[str]:

@@ -170,7 +170,8 @@ class Worker:
             for ref in its:
                 check_unchanged(ref)
         new = [spec for spec in self.job.sae_experiments if spec.name not in pinned]
-        return [*self.pinned, *resolve(new, self.model, cache_dir=self.cache_dir)]
+        others = bool(self.pinned) or any(isinstance(spec, KnockoutSpec) for spec in self.job.experiments)
+        return [*self.pinned, *resolve(new, self.model, cache_dir=self.cache_dir, others=others)]
 
     def _tokenize(self, prompts: Sequence[Prompt]) -> list[TokenizedPrompt]:
         return tokenize(

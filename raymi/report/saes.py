@@ -42,6 +42,7 @@ class Saes:
     activity: pl.DataFrame
     features: pl.DataFrame
     examples: pl.DataFrame
+    absent: pl.DataFrame
 
     @property
     def tables(self) -> dict[str, pl.DataFrame]:
@@ -59,6 +60,7 @@ def saes(store: Store, run: Manifest) -> Saes:
         activity=activity(store, run),
         features=features(store, run),
         examples=examples(store, run),
+        absent=absent(store, run),
     )
 
 
@@ -267,6 +269,17 @@ def examples(store: Store, run: Manifest, top: int = 10) -> pl.DataFrame:
         pl.Series("token", [token for token, _ in seen], dtype=pl.String),
         pl.Series("context", [context for _, context in seen], dtype=pl.String),
     )
+
+
+def absent(store: Store, run: Manifest) -> pl.DataFrame:
+    """The experiments that found no autoencoder for a model: their patterns match those of other models alone.
+
+    Returns:
+        One row a model and experiment: model_id, experiment, note (why); ascending.
+    """
+    columns = ["model_id", "experiment", "note"]
+    missing = collect(lambda: store.scan("saes", run.run).filter(pl.col("sae").is_null()).select(columns).unique())
+    return missing.sort(columns)
 
 
 def _merged(store: Store, run: Manifest) -> Iterable[dict[str, Any]]:

@@ -85,6 +85,8 @@ SAES = pa.schema(
         ("dtype", pa.string()),
         # As the job says it; null where the files say it, or there is none.
         ("input_scale", pa.float64()),
+        # Why there is none: in the one row, without `sae`, of an experiment that found none for the model.
+        ("note", pa.string()),
     ]
 )
 """One row an autoencoder that an experiment found for one model: what the run measures from then on."""

@@ -150,6 +150,9 @@ def of_saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for feature in range(15)
         ],
         "sae_ablations": [ablated(n, "a", (2.5,), logit_diff=n / 10, kl=0.5, **told) for n in range(12)],
+        "saes": [
+            {"model_id": "org/other", "revision": "1" * 40, "experiment": name, "note": "none fits"} for name in "ba"
+        ],
         "prompts": [{**text("a", [f" word{n}\n" for n in range(30)]), "model_id": LONG}],
         "vocabulary": [{"model_id": LONG, "revision": "0" * 40, "token_id": 1, "token": " Paris"}],
     }
@@ -181,10 +184,11 @@ def test_a_report_of_autoencoders_has_their_tables_and_no_empty_ones(of_saes: Pa
     assert text.count("and 10 more rows in --csv and --parquet") == 1
     assert ["11", "1", "of", "1", "2.50", "0.5000", "+1.1000", "1.1000"] in cells
     assert "and 2 more rows" in text
+    assert "not measured:\n  org/other: a, b: none fits\n" in text
 
 
 def test_tables_of_autoencoders_are_exported(of_saes: Path, folder: Path, tmp_path: Path) -> None:
-    names = ("quality", "densities", "injections", "ablations", "activity", "features", "examples")
+    names = ("quality", "densities", "injections", "ablations", "activity", "features", "examples", "absent")
     assert call("report", "--store", of_saes, "--csv", tmp_path).exit_code == 0
     heights = {path.stem: pl.read_csv(path, infer_schema=False).height for path in tmp_path.iterdir()}
     assert heights.keys() == {"models", "layers", "failures", *(f"sae_{name}" for name in names)}

@@ -56,7 +56,7 @@ def one_thread() -> Iterator[None]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder: a cache with a model and its autoencoder, and a corpus."""
     monkeypatch.chdir(tmp_path)
-    add_model(Path("cache"), "org/one", scale=1)
+    add_model(Path("cache"), "org/one", scale=0.5)
     add_sae("org/sae")
     Path("corpus.txt").write_text(" ".join([WORDS] * 10))
     return tmp_path
@@ -88,7 +88,7 @@ def add_sae(id: str, *, model: str | None = "one", site: str = "blocks.1.hook_re
         "metadata": {"sae_lens_version": "6.54.12", "hook_name": site, **({"model_name": model} if model else {})},
     }
     shapes = {"W_enc": (width, 24), "W_dec": (24, width), "b_enc": (24,), "b_dec": (width,)}
-    add_files(Path("cache"), id, {"cfg.json": config, "sae_weights.safetensors": safetensors(shapes, scale=0.5)})
+    add_files(Path("cache"), id, {"cfg.json": config, "sae_weights.safetensors": safetensors(shapes, scale=0.1)})
 
 
 def rows(table: str) -> pl.DataFrame:
@@ -160,13 +160,59 @@ def test_a_job_file_is_run_as_raymi_run_does(raymi_: Raymi) -> None:
     Path("both.yaml").write_text(yaml.safe_dump(job))
     said = raymi_("sae", "run", "both.yaml", "--model", "org/one")
     assert said.code == 0, said.err
-    assert (rows("ablations").height, rows("sae_injections").height) == (1, 1)
+    assert (rows("ablations").height, rows("sae_injections").height) == (2, 1)
     said = raymi_("run", "both.yaml", "--models", "org/one")
     assert "nothing to do" in said.out
     said = raymi_("sae", "run", "both.yaml", "--measure", "quality")
     assert said.code == 2
     assert "--measure: it is both.yaml that says what is measured" in said.err
     assert "allowed: one job file, or SAEs" in raymi_("sae", "run", "both.yaml", "org/sae").err
+
+
+def write_sweep(saes: str, *more: dict[str, Any]) -> None:
+    quality = {"kind": "sae", "measure": "quality", "saes": saes, "corpus": {"file": "corpus.txt", "context": 12}}
+    prompts = [{"id": "paris", "text": "The capital of France is", "answer": " Paris"}] if more else []
+    job = {"name": "sweep", "models": "org/*", "experiments": [*more, quality], "verify": 1}
+    Path("sweep.yaml").write_text(yaml.safe_dump({**job, **({"prompts": prompts} if prompts else {})}))
+
+
+KNOCKOUT = {"kind": "knockout", "layers": "all", "heads": "all", "queries": "last", "keys": "first"}
+
+
+def test_models_without_an_sae_have_their_knockouts_and_a_note(raymi_: Raymi) -> None:
+    # Nor does it matter that the texts are too long for it.
+    add_model(Path("cache"), "org/two", LLAMA | {"max_position_embeddings": 8}, scale=0.5)
+    write_sweep("org/s*", KNOCKOUT)
+    said = raymi_("run", "sweep.yaml")
+    assert said.code == 0, said.err
+    assert sorted(rows("ablations")["model_id"].unique()) == ["org/one", "org/two"]
+    assert rows("sae_quality")["model_id"].unique().to_list() == ["org/one"]
+    assert "org/two: quality: no SAE in the cache that matches 'org/s*' fits this model" in said.out
+    said = raymi_("run", "sweep.yaml")
+    assert (said.code, "nothing to do" in said.out) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("saes", "others", "failed", "says"),
+    [
+        ("org/s*", (), {"org/two"}, "no SAE in the cache that matches 'org/s*' fits this model"),
+        ("org/sae", (KNOCKOUT,), {"org/two"}, "was trained on one, not on org/two"),
+        ("none/*", (KNOCKOUT,), {"org/one", "org/two"}, "no SAE in the cache matches 'none/*'"),
+        ("org/wide", (KNOCKOUT,), {"org/one", "org/two"}, "takes 20 numbers"),
+        ("*wide", (KNOCKOUT,), {"org/one"}, "takes 20 numbers"),
+    ],
+    ids=["nothing else to measure", "named, of another model", "matches nothing", "too wide", "its own too wide"],
+)
+def test_models_fail_by_name_where_nothing_was_found_that_had_to_be(
+    raymi_: Raymi, saes: str, others: Any, failed: set[str], says: str
+) -> None:
+    add_model(Path("cache"), "org/two", scale=0.5)
+    add_sae("org/wide", width=20)
+    write_sweep(saes, *others)
+    said = raymi_("run", "sweep.yaml")
+    assert said.code == 1
+    assert says in " ".join(said.out.split())
+    assert set(rows("failures")["model_id"]) == failed
 
 
 def test_a_rehearsal_measures_nothing(raymi_: Raymi) -> None:
@@ -178,7 +224,7 @@ def test_a_rehearsal_measures_nothing(raymi_: Raymi) -> None:
 
 
 def test_without_a_model_each_sae_brings_its_own(raymi_: Raymi) -> None:
-    add_model(Path("cache"), "org/two", scale=1)
+    add_model(Path("cache"), "org/two", scale=0.5)
     add_model(Path("cache"), "else/one", LLAMA | {"num_hidden_layers": 1})
     add_sae("org/of-two", model="org/two")
     prompt = ("--prompt", "The capital of France is")

@@ -276,6 +276,7 @@ def test_a_run_without_autoencoders_has_empty_tables_of_the_same_columns(store: 
         sae_injections=[injected(1.0, "a", changed=moved(t1=0.5, t2=-0.5))],
         sae_ablations=[ablated(1, "a")],
         prompts=[text("a", ["x", "y"])],
+        saes=[{"model_id": "org/other", "revision": REVISION, "experiment": "quality", "note": "none fits"}],
     )
     full = saes.saes(store, store.find()).tables
     assert {name: frame.schema for name, frame in empty.items()} == {n: frame.schema for n, frame in full.items()}

@@ -11,34 +11,49 @@ from typing import Any
 from raymi.catalog import CachedModel
 from raymi.errors import UserError
 from raymi.experiments.sae.spec import SaeChoice, SaeRef, SaeSpec
-from raymi.sae.description import Description, check_fits
+from raymi.sae.description import Description, check_fits, same_model
 from raymi.sae.discover import describe, scan
 
 Record = dict[str, Any]
 """One row of table `saes`."""
 
 
-def resolve(specs: Iterable[SaeSpec], model: CachedModel, *, cache_dir: Path | None = None) -> list[Record]:
+def resolve(
+    specs: Iterable[SaeSpec], model: CachedModel, *, cache_dir: Path | None = None, others: bool = False
+) -> list[Record]:
     """The autoencoders that experiments use on one model, on the machine where both are.
 
-    A pattern takes what fits the model of the cache and leaves the rest; what is named has to be there and to fit.
+    A pattern takes what fits the model of the cache and leaves the rest; what is named has to be there and to fit. A
+    pattern may leave them all, where they belong to other models: then the experiment has one row without `sae`, and a
+    note.
 
     Args:
         specs: the experiments.
         model: the model.
         cache_dir: the Hugging Face cache; by default the one HF_HOME names.
+        others: whether there is something else to measure on the model.
 
     Raises:
-        UserError: nothing fits, or something that is named does not, or is not there.
+        UserError: something that is named does not fit, or is not there; no autoencoder of the cache matches, or those
+            that say they belong to this model cannot be used; or there is nothing to measure on the model at all.
     """
     cached = _Cached(cache_dir)
-    return [record for spec in specs for record in _records(spec, model, cached)]
+    records = [record for spec in specs for record in _records(spec, model, cached)]
+    if records and not others and all(record["sae"] is None for record in records):
+        raise UserError(
+            f"{model.id}: experiment {records[0]['experiment']!r}: {records[0]['note']}",
+            hint="`raymi sae list` shows what is there.",
+        )
+    return records
 
 
 def refs(records: Iterable[Mapping[str, Any]]) -> dict[str, tuple[SaeRef, ...]]:
-    """The autoencoders of such rows, by experiment, in an order that is always the same."""
+    """The autoencoders of such rows, by experiment, in an order that is always the same; perhaps none."""
     found: dict[str, list[SaeRef]] = {}
     for row in records:
+        its = found.setdefault(row["experiment"], [])
+        if row["sae"] is None:
+            continue
         ref = SaeRef(
             name=row["sae"],
             where=row["where"],
@@ -48,7 +63,7 @@ def refs(records: Iterable[Mapping[str, Any]]) -> dict[str, tuple[SaeRef, ...]]:
             d_sae=row["d_sae"],
             input_scale=row["input_scale"],
         )
-        found.setdefault(row["experiment"], []).append(ref)
+        its.append(ref)
     return {name: tuple(sorted(its, key=lambda ref: (ref.layer, ref.site, ref.name))) for name, its in found.items()}
 
 
@@ -84,6 +99,7 @@ def _records(spec: SaeSpec, model: CachedModel, cached: _Cached) -> list[Record]
         if found.setdefault((record["sae"], record["site"]), record) != record:
             raise UserError(f"experiment {spec.name!r}: {record['sae']} is named twice, in different ways")
     left: list[str] = []
+    of_this = False
     named = {name for name, _ in found}
     for choice in (choice for choice in spec.saes if choice.is_pattern):
         for name, about, reason in cached.matching(choice):
@@ -95,12 +111,21 @@ def _records(spec: SaeSpec, model: CachedModel, cached: _Cached) -> list[Record]
                 record = _record(spec, choice, model, replace(about, site=choice.site or about.site))
             except UserError as error:
                 left.append(f"{name}: {error.what}")
+                of_this |= about is not None and about.model_id is not None and same_model(about.model_id, model.id)
             else:
                 found.setdefault((record["sae"], record["site"]), record)
-    if not found:
+    if not found and (of_this or not left):
         raise _nothing(spec, model, left)
+    if not found:
+        return [_none(spec, model)]
     _check_features(spec, model, list(found.values()))
     return list(found.values())
+
+
+def _none(spec: SaeSpec, model: CachedModel) -> Record:
+    patterns = " or ".join(repr(choice.sae) for choice in spec.saes)
+    note = f"no SAE in the cache that matches {patterns} fits this model"
+    return {"model_id": model.id, "revision": model.revision, "experiment": spec.name, "sae": None, "note": note}
 
 
 def _named(spec: SaeSpec, choice: SaeChoice, model: CachedModel, cache_dir: Path | None) -> Record:

@@ -157,3 +157,33 @@ def add_folder(cache: Path, id: str, folder: Path, *, revision: str | None = Non
     """Puts a folder written by `save_pretrained` into the cache and returns the snapshot's folder."""
     files = {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
     return add_files(cache, id, files, revision=revision)
+
+
+def sae_files(
+    site: str, *, d_in: int = LLAMA["hidden_size"], d_sae: int = 40, model: str = "tiny", seed: int = 0, **config: Any
+) -> dict[str, bytes | str | Mapping[str, Any]]:
+    """The files of an autoencoder in SAELens's format, by name; `config` are fields of cfg.json to add or replace."""
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
+    metadata = {"sae_lens_version": "6.54.12", "model_name": model, "hook_name": site}
+    about = {"architecture": "standard", "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "metadata": metadata}
+    return {"sae_weights.safetensors": safetensors(shapes, seed=seed, scale=1.0), "cfg.json": about | config}
+
+
+def add_saes(cache: Path, id: str, saes: Mapping[str, str], **options: Any) -> Path:
+    """Puts a repository of autoencoders into the cache: path -> site; `options` are those of `sae_files`."""
+    revision = options.pop("revision", None)
+    files = {
+        f"{path}/{name}": content
+        for seed, (path, site) in enumerate(saes.items())
+        for name, content in sae_files(site, **{"seed": seed, **options}).items()
+    }
+    return add_files(cache, id, files, revision=revision)
+
+
+def write_sae(folder: Path, site: str, **options: Any) -> Path:
+    """An autoencoder in a folder of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in sae_files(site, **options).items():
+        data = json.dumps(content).encode() if isinstance(content, Mapping) else content
+        (folder / name).write_bytes(data.encode() if isinstance(data, str) else data)
+    return folder

@@ -211,7 +211,7 @@ class Run:
             known += [_frame(part.select(key)).lazy() for part in buffer.tables]
         rows = _frame(data.select(key)).lazy().with_row_index("row").unique(key, keep="first")
         for there in known:
-            rows = rows.join(there, on=key, how="anti")
+            rows = rows.join(there, on=key, how="anti", nulls_equal=True)
         return data.take(pa.array(rows.collect()["row"].sort().to_list(), pa.int64()))
 
 

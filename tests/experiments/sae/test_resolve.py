@@ -1,0 +1,171 @@
+"""Which autoencoders a model is measured with, and what a run is pinned to."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raymi.catalog import CachedModel
+from raymi.errors import UserError
+from raymi.experiments.sae.resolve import check_unchanged, refs, resolve
+from raymi.experiments.sae.spec import SaeRef, SaeSpec
+from raymi.store import schemas
+from tests.fakes import add_files, add_saes, sae_files, write_sae
+
+MODEL = CachedModel("org/tiny", "m" * 40, Path("/m"), "llama", 2, 4, 16, 32, 64, 1000, 4000, "float32", None)
+COMMIT = "c" * 40
+L0, L1 = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
+
+
+def spec(saes: Any = "*", folder: Path = Path(), **fields: Any) -> SaeSpec:
+    data = {"kind": "sae", "measure": "quality", "saes": saes, **fields}
+    return SaeSpec.model_validate(data, context={"folder": folder})
+
+
+def found(cache: Path, *specs: SaeSpec, model: CachedModel = MODEL) -> list[SaeRef]:
+    records = schemas.rows("saes", resolve(specs, model, cache_dir=cache)).to_pylist()
+    return [ref for its in refs(records).values() for ref in its]
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    add_saes(tmp_path / "hub", "org/saes", {"b": L1, "a": L0}, revision=COMMIT)
+    return tmp_path / "hub"
+
+
+def test_a_pattern_takes_what_fits_and_leaves_the_rest(cache: Path) -> None:
+    add_saes(cache, "org/wide", {"x": L0}, d_in=20)
+    add_saes(cache, "org/foreign", {"x": L0}, model="other")
+    add_saes(cache, "org/deep", {"x": "blocks.7.hook_resid_post"})
+    add_saes(cache, "org/torn", {"x": L0}, architecture="nobody knows")
+    one, two = found(cache, spec())
+    assert one == SaeRef("org/saes:a", f"org/saes@{COMMIT}:a", COMMIT, L0, None, 40)
+    assert (two.name, two.site) == ("org/saes:b", L1)
+    assert [ref.name for ref in found(cache, spec("*/saes:b"))] == ["org/saes:b"]
+    assert "org/foreign:x" in [ref.name for ref in found(cache, spec(any_model=True))]
+
+
+def test_when_nothing_fits_the_reasons_are_told(cache: Path) -> None:
+    with pytest.raises(UserError) as error:
+        found(cache, spec("org/saes:*"), model=CachedModel("my/tiny", *_rest(hidden_size=24)))
+    told = str(error.value)
+    assert (
+        "my/tiny: experiment 'quality': of 2 SAEs in the cache that match 'org/saes:*' none fits\n  org/saes:a" in told
+    )
+    assert "takes 16 numbers at blocks.0.hook_resid_post, where my/tiny has 24" in told
+    with pytest.raises(UserError, match=r"no SAE in the cache matches 'nobody/\*'\n`raymi sae list`"):
+        found(cache, spec("nobody/*"))
+
+
+def test_a_pattern_may_mean_the_autoencoders_of_other_models(cache: Path) -> None:
+    other = CachedModel("org/other", *_rest())
+    with pytest.raises(UserError, match="org/other: experiment 'quality': no.* fits this model"):
+        found(cache, spec(), model=other)
+    # Where there is something else to do, that is no failure.
+    [record] = resolve([spec()], other, cache_dir=cache, others=True)
+    assert record["sae"] is None
+    assert record["note"].endswith("fits this model")
+    assert refs([record]) == {"quality": ()}
+
+
+def _rest(**fields: Any) -> list[Any]:
+    values = {name: getattr(MODEL, name) for name in MODEL.__slots__} | fields
+    return [values[name] for name in MODEL.__slots__[1:]]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("org/saes:c", "org/saes has no 'c' in the cache"),
+        ("org/saes", "there are 2 SAEs"),
+        ("org/seas:a", "no repository 'org/seas'.*\nDid you mean org/saes"),
+        ("org/foreign:x", "this SAE was trained on other, not on org/tiny"),
+        ({"sae": "org/saes:a", "site": "blocks.9.hook_resid_post"}, "there is no blocks.9.hook_resid_post in org/tiny"),
+        ({"sae": "org/saes:a", "input_scale": 2.0}, "inputs are not scaled by an average norm"),
+        ("org/scaled:x", "no file of this SAE states\nName the SAE with its `input_scale`"),
+        (["org/saes:a", f"org/saes@{'d' * 40}:a"], "org/saes:a is named twice, in different ways"),
+    ],
+)
+def test_what_is_named_has_to_be_there_and_to_fit(given: Any, expected: str, cache: Path) -> None:
+    add_saes(cache, "org/foreign", {"x": L0}, model="other")
+    add_saes(cache, "org/scaled", {"x": L0}, normalize_activations="expected_average_only_in")
+    second = cache / "models--org--saes" / "snapshots" / ("d" * 40) / "a"
+    write_sae(second, L0)
+    with pytest.raises(UserError, match=expected):
+        found(cache, spec(given))
+
+
+def test_what_the_job_says_of_one_of_them(cache: Path) -> None:
+    add_saes(cache, "org/scaled", {"x": L0}, normalize_activations="expected_average_only_in")
+    moved = {"sae": "org/saes:a", "site": L1}
+    scaled = {"sae": "org/scaled:x", "input_scale": 2.5}
+    chosen = found(cache, spec([moved, scaled, "*"]))
+    # By name each is as the job has it, and the pattern brings only the others.
+    assert {(ref.name, ref.site, ref.input_scale) for ref in chosen} == {
+        ("org/saes:a", L1, None), ("org/scaled:x", L0, 2.5), ("org/saes:b", L1, None),
+    }  # fmt: skip
+
+
+def test_of_two_experiments_each_has_its_own_and_the_order_is_always_the_same(cache: Path) -> None:
+    records = resolve([spec(), spec("org/saes:b", name="b")], MODEL, cache_dir=cache)
+    assert refs(records) == refs(reversed(records))
+    assert {name: [ref.name for ref in its] for name, its in refs(records).items()} == {
+        "quality": ["org/saes:a", "org/saes:b"],
+        "b": ["org/saes:b"],
+    }
+
+
+def test_a_branch_is_pinned_to_its_commit(cache: Path) -> None:
+    [ref] = found(cache, spec("org/saes@main:a"))
+    assert (ref.name, ref.where, ref.version) == ("org/saes:a", f"org/saes@{COMMIT}:a", COMMIT)
+    check_unchanged(ref)
+
+
+def test_a_folder_is_known_by_its_files(tmp_path: Path) -> None:
+    folder = write_sae(tmp_path / "mine" / "sae", L0)
+    [ref] = found(tmp_path / "hub", spec("mine/sae", tmp_path))
+    assert (ref.name, ref.where, len(ref.version)) == ("mine/sae", str(folder), 64)
+    check_unchanged(ref)
+
+    config = folder / "cfg.json"
+    before = config.read_text()
+    config.write_text(json.dumps(json.loads(before) | {"apply_b_dec_to_input": False}))
+    with pytest.raises(UserError, match=r"the SAE .*mine/sae is not what it was .*\n.*--new"):
+        check_unchanged(ref)
+    config.write_text(before)
+    check_unchanged(ref)
+
+    weights = folder / "sae_weights.safetensors"
+    weights.write_bytes(_bytes(sae_files(L0, seed=5)["sae_weights.safetensors"]))
+    os.utime(weights, ns=(1, 1))
+    with pytest.raises(UserError, match="is not what it was"):
+        check_unchanged(ref)
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is not there any more"):
+        check_unchanged(ref)
+
+
+def _bytes(content: bytes | str | Mapping[str, Any]) -> bytes:
+    assert isinstance(content, bytes)
+    return content
+
+
+def test_a_feature_that_none_of_them_has(cache: Path) -> None:
+    injected = {"measure": "injection", "strengths": 1}
+    with pytest.raises(UserError, match=r"org/tiny: experiment 'injection': features: 40 is out of range.*\(0 to 39"):
+        found(cache, spec(features=[3, 40], **injected))
+    add_saes(cache, "org/more", {"x": L0}, d_sae=41)
+    assert len(found(cache, spec(features=[3, 40], **injected))) == 3
+
+
+def test_a_transcoder_is_pinned_with_what_it_predicts(cache: Path) -> None:
+    metadata = {"sae_lens_version": "6.54.12", "model_name": "tiny", "hook_name": "blocks.1.ln2.hook_normalized"}
+    files = sae_files(
+        "", architecture="transcoder", metadata={**metadata, "hook_name_out": "blocks.1.hook_mlp_out"}, d_out=16
+    )
+    add_files(cache, "org/coders", {f"x/{name}": content for name, content in files.items()})
+    [ref] = found(cache, spec("org/coders:x"))
+    assert (ref.site, ref.site_out, ref.layer) == (metadata["hook_name"], "blocks.1.hook_mlp_out", 1)

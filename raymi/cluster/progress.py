@@ -37,7 +37,7 @@ def display(before: Mapping[str, int]) -> Display:
     """The display for this terminal, or for none.
 
     Args:
-        before: ablations of each model that were measured by earlier commands.
+        before: how much of each model was measured by earlier commands.
     """
     console = Console(stderr=True)
     return Bars(console, before) if console.is_terminal else Lines(before)
@@ -129,7 +129,7 @@ def _words(status: Status, before: int) -> str:
     parts: list[str] = [status.phase]
     if status.units is not None:
         done, total = before + status.ablations_done, before + status.ablations
-        parts = [f"{done:,} of {total:,} ablations", *([] if status.phase == "running" else parts)]
+        parts = [f"{done:,} of {total:,} measured", *([] if status.phase == "running" else parts)]
     if status.failed:
         parts.append(f"{status.failed:,} unit{'' if status.failed == 1 else 's'} failed")
     if status.phase == "running" and status.seconds_left is not None:

@@ -18,12 +18,12 @@ def status(phase="running", units=10, done=5, failed=0, replicas=1, seconds_left
     [
         ([status("waiting", None, 0)], []),
         ([status("tokenising", None, 0, seconds_left=None)], ["m: tokenising"]),
-        ([status("loading", done=0)], ["m: 100 of 300 ablations, loading"]),
-        ([status()], ["m: 200 of 300 ablations, 1 min 30 s left"]),
-        ([status(replicas=2, failed=1)], ["m: 200 of 300 ablations, 1 unit failed, 1 min 30 s left, 2 replicas"]),
-        ([status(), status(done=6)], ["m: 200 of 300 ablations, 1 min 30 s left"]),  # the next line is not due yet
+        ([status("loading", done=0)], ["m: 100 of 300 measured, loading"]),
+        ([status()], ["m: 200 of 300 measured, 1 min 30 s left"]),
+        ([status(replicas=2, failed=1)], ["m: 200 of 300 measured, 1 unit failed, 1 min 30 s left, 2 replicas"]),
+        ([status(), status(done=6)], ["m: 200 of 300 measured, 1 min 30 s left"]),  # the next line is not due yet
         ([status(), status("done", done=10)],
-         ["m: 200 of 300 ablations, 1 min 30 s left", "m: 300 of 300 ablations, done"]),
+         ["m: 200 of 300 measured, 1 min 30 s left", "m: 300 of 300 measured, done"]),
     ],
 )  # fmt: skip
 def test_lines(capsys, statuses, lines):

@@ -47,7 +47,7 @@ class Corpus(Fields):
         path = (info.context or {}).get("folder", Path()) / self.file
         if path.suffix not in _READERS:
             raise problem(f"found {str(self.file)!r}; allowed: a file that ends in {', '.join(_READERS)}", "file")
-        if path.suffix == ".txt" and "field" in self.model_fields_set:
+        if path.suffix == ".txt" and self.field != "text":
             raise problem("is for JSONL and Parquet; a text file is one document", "field")
         if not path.is_file():
             raise problem(f"there is no file {str(path)!r}", "file")

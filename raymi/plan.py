@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import sha256
 from random import Random
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 from raymi.catalog import CachedModel
 from raymi.errors import UserError
@@ -438,9 +438,10 @@ def estimate(
     specs = {spec.name: spec for spec in job.experiments}
     forwards, widest = 0, 0
     for unit in units:
-        for n_rows, computed, attended in _batches(specs[unit.experiment], unit, prompts, full=full):
+        spec = specs[unit.experiment]
+        for n_rows, computed, attended in _batches(spec, unit, prompts, full=full):
             most = rows_per_batch(shape, computed, attended, rates.device, rates.free_bytes)
-            forwards += 1 + -(-n_rows // most)
+            forwards += -(-n_rows // most) + (not _reads_texts(spec))  # the clean run, which other rows stand beside
             widest = max(widest, min(n_rows, most) * row_bytes(shape, computed, attended))
     longest = max((len(prompt.token_ids) for prompt in prompts.values()), default=1)
     kept = 0 if full else n_layers * longest * size * (hidden + 2 * _key_width(model))
@@ -464,11 +465,9 @@ def _batches(
 ) -> Iterator[tuple[int, int, int]]:
     """(rows, positions computed, positions attended to) of what a unit's work goes through the model in."""
     n_tokens = len(prompts[unit.items[0][0]].token_ids)
-    if isinstance(spec, SaeSpec) and spec.measure == "features":
-        yield len(unit.items), n_tokens, n_tokens
-        return
-    if isinstance(spec, SaeSpec) and spec.measure == "quality":
-        for _ in range(2 * len(unit.items[0][1])):  # with each autoencoder's output, and with zeros in the place
+    if _reads_texts(spec):
+        # Clean; for quality also with each autoencoder's output, and with zeros in the place.
+        for _ in range(1 if spec.measure == "features" else 1 + 2 * len(unit.items[0][1])):
             yield len(unit.items), n_tokens, n_tokens
         return
     by_start: Counter[int] = Counter()
@@ -481,6 +480,11 @@ def _batches(
         return
     for start, n_rows in by_start.items():
         yield n_rows + 1, n_tokens - start, n_tokens
+
+
+def _reads_texts(spec: Spec) -> TypeGuard[SaeSpec]:
+    """Whether whole texts are measured, and not changes at places of them."""
+    return isinstance(spec, SaeSpec) and spec.measure in ("features", "quality")
 
 
 def _first_position(work: Work) -> int:

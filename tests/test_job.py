@@ -1,6 +1,7 @@
 """Job files: what they mean, and what is said about what is wrong in them."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,9 @@ def test_jobs_that_ship() -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_job_survives_json(path: Path) -> None:
     job = load_job(path)
-    assert Job.model_validate(json.loads(json.dumps(job.model_dump(mode="json")))) == job
-    assert Job.model_validate_json(job.model_dump_json()).run_name == job.run_name
+    beside = {"folder": path.parent}  # but for the contents of its corpora, which only their digest stands for
+    assert Job.model_validate(json.loads(json.dumps(job.model_dump(mode="json"))), context=beside) == job
+    assert Job.model_validate_json(job.model_dump_json(), context=beside).run_name == job.run_name
 
 
 def test_prompts_of_files_travel_within_the_job(tmp_path: Path) -> None:
@@ -332,3 +334,126 @@ def test_anchors_and_merged_keys(tmp_path: Path) -> None:
     assert [spec.layers.each for spec in job.experiments] == [("all",), (3,)]
     with pytest.raises(UserError, match=r"job\.yaml:11: experiments\.1\.layers: found 'x'"):
         load(tmp_path, text % "x")
+
+
+# Experiments with autoencoders.
+
+SAES = """\
+name: saes
+models: org/one
+experiments:
+  - kind: sae
+    measure: quality
+    saes: [mine/sae, "org/*"]
+    corpus:
+      file: texts/c.jsonl
+      context: 16
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where there are texts and an autoencoder."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "c.jsonl").write_text('{"text": "one"}\n{"text": "two"}')
+    (tmp_path / "mine" / "sae").mkdir(parents=True)
+    return tmp_path
+
+
+def test_a_job_on_a_corpus_needs_no_prompts(folder: Path) -> None:
+    job = load(folder, SAES)
+    [spec] = job.sae_experiments
+    assert (job.prompts, spec.measure, spec.name) == ((), "quality", "quality")
+    assert [corpus.documents for corpus in job.corpora] == [("one", "two")]
+    assert [choice.local for choice in spec.saes] == [folder / "mine/sae", None]  # beside the job file
+
+
+def test_a_job_takes_the_contents_of_its_corpora_along_and_does_not_write_them_down(folder: Path) -> None:
+    (folder / "texts" / "c.jsonl").write_text('{"text": "secret words"}')
+    job = load(folder, SAES)
+    there = pickle.loads(pickle.dumps(job.model_copy(update={"models": Models(include=("org/two",))})))  # noqa: S301
+    assert [corpus.documents for corpus in there.corpora] == [("secret words",)]
+    assert [spec.saes[0].local for spec in there.sae_experiments] == [folder / "mine/sae"]
+    written = job.model_dump(mode="json")
+    assert "secret" not in json.dumps(written)
+    corpus = written["experiments"][0]["corpus"]
+    assert (corpus["file"], corpus["context"], len(corpus["sha256"])) == ("texts/c.jsonl", 16, 64)
+    assert Job.model_validate(written, context={"folder": folder}) == job
+
+
+def test_other_contents_are_another_run(folder: Path) -> None:
+    before = load(folder, SAES).run_name
+    (folder / "texts" / "c.jsonl").rename(folder / "texts" / "d.jsonl")
+    (folder / "texts" / "c.jsonl").write_text('{"text": "three"}')
+    assert load(folder, SAES).run_name != before
+    assert load(folder, SAES, "models=org/two").run_name == load(folder, SAES).run_name
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("kind: sae", "kind: saes", "4: experiments.0.kind: found 'saes'; allowed: knockout, sae (did you mean"),
+        ("kind: sae", "kind: [sae]", "4: experiments.0.kind: found ['sae']; allowed: knockout, sae"),
+        ("quality", "qualty", "5: experiments.0.measure: found 'qualty'; allowed: features, quality, injection"),
+        ("mine/sae", "./mine/sea", "6: experiments.0.saes.0: there is no folder '"),
+        ('"org/*"', "{sae: org/a, sight: x}", "6: experiments.0.saes.1.sight: unknown field; allowed: sae, site"),
+        ("texts/c.jsonl", "texts/d.jsonl", "8: experiments.0.corpus.file: there is no file '"),
+        ("texts/c.jsonl", "texts/c.csv", "8: experiments.0.corpus.file: found 'texts/c.csv'; allowed: a file that"),
+        ("context: 16", "context: 1", "9: experiments.0.corpus.context: found 1; input should be greater than"),
+        ("context: 16", "chunks: 0", "9: experiments.0.corpus.chunks: found 0; input should be greater than"),
+        ("context: 16", "contxt: 16", "9: experiments.0.corpus.contxt: unknown field"),
+        ("context: 16\n", "context: 16\n    prompts: a\n", "10: experiments.0.prompts: found a corpus beside it"),
+        ("context: 16\n", "context: 16\n    features: 1\n", "10: experiments.0.features: is for injection"),
+        ("context: 16\n", "context: 16\n  - {kind: knockout, layers: 0}\n", "1: prompts is missing"),
+        ("context: 16\n", "context: 16\nprompts: []\n", None),
+        ("context: 16\n", "context: 16\n  - {kind: sae, measure: ablation}\nprompts: []\n", "11: prompts: found"),
+    ],
+)  # fmt: skip
+def test_errors_in_experiments_with_autoencoders(old: str, new: str, expected: str | None, folder: Path) -> None:
+    assert old in SAES
+    text = SAES.replace(old, new, 1)
+    if expected is None:
+        assert load(folder, text).prompts == ()
+        return
+    with pytest.raises(UserError) as error:
+        load(folder, text)
+    [only] = str(error.value).splitlines()
+    assert f"job.yaml:{expected}" in only
+
+
+def test_errors_in_a_corpus_name_its_own_lines(folder: Path) -> None:
+    (folder / "texts" / "c.jsonl").write_text('{"text": "one"}\n{"txt": "two"}')
+    with pytest.raises(UserError, match=r"texts/c\.jsonl:2: text is missing \(did you mean 'txt'\?\)"):
+        load(folder, SAES)
+
+
+def test_what_an_injection_names_has_to_be_in_the_prompts(tmp_path: Path) -> None:
+    injection = "kind: sae\n    measure: injection\n    features: 3\n    strengths: [5, 50.0]\n    positions: subject"
+    text = PLAIN.replace("kind: knockout\n    layers: all", injection)
+    job = load(tmp_path, text)
+    assert job.pieces == {"subject"}
+    assert job.sae_experiments[0].strengths == (5.0, 50.0)
+    with pytest.raises(UserError, match=r"job\.yaml:12: experiments\.0\.positions: found 'text:Spain', which prompt"):
+        load(tmp_path, text.replace("positions: subject", "positions: {text: Spain}"))
+    with pytest.raises(UserError, match=r"job\.yaml:13: experiments\.0\.prompts: found 'x', which matches"):
+        load(tmp_path, text + "    prompts: x\n")
+
+
+def test_prompts_and_chunks_are_told_apart(folder: Path) -> None:
+    text = SAES + "  - {kind: knockout, layers: 0}\nprompts:\n  - {id: a, text: a}\n"
+    job = load(folder, text)
+    [quality, knockout], [corpus] = job.experiments, job.corpora
+    chunk = f"{corpus.id}/000000"
+    assert [job.chooses(spec, text) for spec in (quality, knockout) for text in ("a", chunk)] == [
+        False, True, True, False,
+    ]  # fmt: skip
+    with pytest.raises(
+        UserError, match=r"job\.yaml:12: prompts\.0: found the id '.*/000000', which is that of a corpus"
+    ):
+        load(folder, text.replace("id: a", f"id: {chunk}"))
+
+
+def test_experiments_on_the_same_texts_share_them(folder: Path) -> None:
+    more = "  - {kind: sae, measure: features, corpus: {file: texts/c.jsonl, context: %s}}\n"
+    assert len(load(folder, SAES + more % 16).corpora) == 1
+    assert len(load(folder, SAES + more % 8).corpora) == 2

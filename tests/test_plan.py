@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from raymi.catalog import CachedModel
 from raymi.errors import UserError
-from raymi.experiments.knockout.spec import Ablation, ablation_id, ablations
+from raymi.experiments.knockout.spec import Ablation, KnockoutSpec, ablation_id, ablations
+from raymi.experiments.sae.spec import TABLES, Injection, SaeRef
 from raymi.job import Job, load_job, make_job
 from raymi.plan import (
     EFFICIENCY,
@@ -300,7 +301,7 @@ def rows(name: str, n_layers: int, n_heads: int) -> dict[str, int]:
     prompts = tokenize(one.prompts, tokenizer, bos="auto", chat_template=False, pieces=one.pieces, model_id="m")
     of = model(n_layers=n_layers, n_heads=n_heads)
     found: dict[str, int] = {}
-    for spec in one.experiments:
+    for spec in (spec for spec in one.experiments if isinstance(spec, KnockoutSpec)):
         cut = units(one, spec, of, prompts)
         texts = {p.prompt.id: p.token_ids for p in prompts}
         names = {ablation_id("m", texts[id], ablation, n_heads) for id, ablation in cells(cut)}
@@ -386,3 +387,150 @@ def test_verified_ablations_are_drawn_by_seed_from_what_is_measured() -> None:
     again = job({"layers": "all", "heads": {"each": "all"}}, verify=5, seed=1)
     assert found != [(p.prompt.id, a) for _, p, a in drawn(again, model(), texts)]
     assert drawn(job({"layers": "all"}, verify=0), model(), texts) == []
+
+
+# Autoencoders.
+
+SAES = [
+    SaeRef("org/s:a", "org/s@c:a", "c", "blocks.3.hook_resid_post", None, 1000),
+    SaeRef("org/s:b", "org/s@c:b", "c", "blocks.9.hook_resid_post", None, 4000),
+]
+
+
+def saes_job(measure: str = "quality", **fields: Any) -> Job:
+    given = {"features": [1, 2], "strengths": [5.0, 50.0]} if measure == "injection" else {}
+    top = {key: fields.pop(key) for key in list(fields) if key in Job.model_fields}
+    experiment = {"kind": "sae", "measure": measure, "saes": "*", **given, **fields}
+    return make_job({"name": "j", "prompts": [{"text": "a"}], "experiments": [experiment], **top})
+
+
+def saes_units(one: Job, *prompts: TokenizedPrompt, saes: Sequence[SaeRef] = SAES, **fields: Any) -> list[Unit]:
+    return units(one, one.experiments[0], model(**fields), list(prompts) or [prompt()], None, saes)
+
+
+@pytest.mark.parametrize("measure", ["features", "quality", "ablation"])
+def test_every_text_is_read_by_every_autoencoder(measure: str) -> None:
+    cut = saes_units(saes_job(measure), prompt("b", 5), prompt("long", 7), prompt("a", 5))
+    assert [id for unit in cut for id, _ in unit.items] == ["b", "a", "long"]
+    assert all(work == tuple(SAES) for unit in cut for _, work in unit.of(SaeRef))
+    assert sum(unit.n_ablations for unit in cut) == 6
+
+
+def test_injections_are_cut_like_ablations() -> None:
+    cut = saes_units(saes_job("injection", unit_ablations=3), prompt("a"), prompt("b"))
+    assert [unit.n_ablations for unit in cut] == [3, 3, 2, 3, 3, 2]
+    found = [each for unit in cut for _, work in unit.of(Injection) for each in work]
+    asked = Injection(SAES[0], 1, 5.0, (4,))
+    assert (len(found), len(set(found)), found[0]) == (16, 8, asked)
+
+
+def test_units_of_texts_end_where_the_arithmetic_says() -> None:
+    texts = [prompt(f"p{index}", 128, start=index) for index in range(100)]
+    sizes = {measure: [len(u.items) for u in saes_units(saes_job(measure), *texts)] for measure in TABLES}
+    assert sizes["features"] == [100]
+    assert len(sizes["ablation"]) >= 100  # every one of them is hundreds of forwards
+    assert 2 < len(sizes["quality"]) < 100
+    assert all(sum(sizes) == 100 for measure, sizes in sizes.items() if measure not in ("ablation",))
+    costs = {measure: sum(u.flops for u in saes_units(saes_job(measure), *texts)) for measure in TABLES}
+    assert costs["features"] < costs["injection"] < costs["quality"] < costs["ablation"]
+    by_full = sum(unit.flops for unit in saes_units(saes_job("quality", engine="full"), *texts))
+    assert by_full > costs["quality"]
+
+
+def test_no_autoencoder_no_unit() -> None:
+    assert saes_units(saes_job(), saes=[]) == []
+
+
+SAE_CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    # name: (experiment and job, model, prompt, autoencoder)
+    "experiment": ({"skip": {"first": 1}}, {}, {}, {}),
+    "dtype": ({"dtype": "bfloat16"}, {}, {}, {}),
+    "model": ({}, {"id": "org/other"}, {}, {}),
+    "commit": ({}, {"revision": "b" * 40}, {}, {}),
+    "prompt": ({}, {}, {"id": "other"}, {}),
+    "tokens": ({}, {}, {"start": 1}, {}),
+    "answer": ({}, {}, {"answer_id": 7}, {}),
+    "name": ({}, {}, {}, {"name": "org/s:c"}),
+    "version": ({}, {}, {}, {"version": "d"}),
+    "site": ({}, {}, {}, {"site": "blocks.4.hook_resid_post"}),
+    "scale": ({}, {}, {}, {"input_scale": 2.0}),
+}
+
+
+@pytest.mark.parametrize("measure", ["quality", "ablation"])
+def test_a_unit_with_autoencoders_is_another_when_its_rows_would_be(measure: str) -> None:
+    def unit_id(fields: dict[str, Any], of: dict[str, Any], text: dict[str, Any], sae: dict[str, Any]) -> str:
+        saes = [dataclasses.replace(SAES[0], **sae)]
+        [unit] = saes_units(saes_job(measure, **fields), prompt(**text), saes=saes, **of)
+        return unit.unit_id
+
+    found = {name: unit_id(*change) for name, change in SAE_CHANGES.items()}
+    assert len({unit_id({}, {}, {}, {}), *found.values()}) == len(SAE_CHANGES) + 1
+    assert unit_id({}, {}, {}, {"where": "/elsewhere"}) == unit_id({"seed": 3}, {}, {}, {})
+    # How many changed tokens are listed matters where tokens change.
+    assert (unit_id({"top_k": 3}, {}, {}, {}) == unit_id({}, {}, {}, {})) == (measure == "quality")
+
+
+def test_units_with_autoencoders_are_pinned() -> None:
+    """A run that goes on after an upgrade must find its units again."""
+    cut = {measure: saes_units(saes_job(measure))[0].unit_id for measure in TABLES}
+    assert cut == {
+        "features": "71e81d97fd019521",
+        "quality": "8456921586b89637",
+        "injection": "15e9886c39512ace",
+        "ablation": "82ebe01892e8126f",
+    }
+
+
+def test_a_corpus_brings_its_chunks_and_prompts_stay_with_the_others(tmp_path: Path) -> None:
+    (tmp_path / "c.txt").write_text("some text")
+    one = make_job(
+        {
+            "name": "j",
+            "prompts": [{"id": "a", "text": "a"}],
+            "experiments": [
+                {"kind": "knockout", "layers": "middle"},
+                {"kind": "sae", "measure": "quality", "corpus": {"file": tmp_path / "c.txt"}},
+                {"kind": "sae", "measure": "features"},
+            ],
+        }
+    )
+    chunk = f"{one.corpora[0].id}/000000"
+    texts = [prompt("a"), prompt(chunk, start=2)]
+    cut = [units(one, spec, model(), texts, None, SAES) for spec in one.experiments]
+    assert [[id for unit in its for id, _ in unit.items] for its in cut] == [["a"], [chunk], ["a"]]
+
+
+def test_every_experiment_is_verified_however_many_texts_another_has() -> None:
+    one = make_job(
+        {
+            "name": "j",
+            "prompts": [{"id": "one", "text": "a"}, *({"id": f"many/{i}", "text": "a"} for i in range(99))],
+            "experiments": [
+                {"kind": "knockout", "layers": "all", "prompts": "one"},
+                {"kind": "sae", "measure": "quality", "prompts": "many/*"},
+                {"kind": "sae", "measure": "injection", "features": 1, "strengths": 1.0, "prompts": "many/*"},
+                {"kind": "sae", "measure": "features", "name": "of none"},
+            ],
+            "verify": 8,
+        }
+    )
+    texts = [prompt(text.id) for text in one.prompts]
+    found = drawn(one, model(), texts, {"quality": SAES, "injection": SAES})
+    kinds = {spec.name: {type(work) for other, _, work in found if other is spec} for spec in one.experiments}
+    assert kinds == {"knockout": {Ablation}, "quality": {SaeRef}, "injection": {Injection}, "of none": set()}
+    assert all(one.chooses(spec, text.prompt.id) for spec, text, _ in found)
+    assert found == drawn(one, model(), texts, {"quality": SAES, "injection": SAES})
+
+
+@pytest.mark.parametrize("measure", list(TABLES))
+def test_estimates_with_autoencoders(measure: str) -> None:
+    one, texts = saes_job(measure), {f"p{i}": prompt(f"p{i}", 64, start=i) for i in range(4)}
+    cut = saes_units(one, *texts.values())
+    found = estimate(one, model(), cut, texts, RATES)
+    assert found.seconds > 3
+    # The clean run, with each autoencoder's output and without anything; or with all changes side by side.
+    assert found.forwards == {"features": 1, "quality": 5, "injection": 2}.get(measure, found.forwards)
+    wide = [dataclasses.replace(ref, d_sae=10**6) for ref in SAES]
+    more = estimate(one, model(), saes_units(one, *texts.values(), saes=wide), texts, RATES)
+    assert more.peak_bytes - found.peak_bytes > 1.9 * 10**6 * 2 * 576 * 4

@@ -166,15 +166,19 @@ class SaeSpec(Fields):
                 raise problem("found nothing; allowed: at least one", field)
             if self.measure != "injection" and given:
                 raise problem(f"is for injection, not for {self.measure}", field)
-        if self.measure != "injection" and "positions" in self.model_fields_set:
+        if self.measure != "injection" and self._says("positions"):
             raise problem(f"is for injection, not for {self.measure}; `skip` says which tokens count", "positions")
-        if self.measure == "injection" and "skip" in self.model_fields_set:
+        if self.measure == "injection" and self._says("skip"):
             raise problem("injection measures at `positions`; there is nothing to skip", "skip")
         if self.corpus is not None and self.measure in ("injection", "ablation"):
             raise problem(f"is for features and quality; {self.measure} is measured on prompts", "corpus")
-        if self.corpus is not None and "prompts" in self.model_fields_set:
+        if self.corpus is not None and self._says("prompts"):
             raise problem("found a corpus beside it; allowed: one of the two", "prompts")
         return self
+
+    def _says(self, field: str) -> bool:
+        """Whether a field was given anything but what it is without being given."""
+        return getattr(self, field) != type(self).model_fields[field].default
 
     @property
     def pieces(self) -> frozenset[str]:

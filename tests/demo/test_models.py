@@ -17,7 +17,9 @@ from huggingface_hub import scan_cache_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from demo import models
+from raymi import catalog, sae
 from raymi.errors import UserError
+from tests.sae.making import saelens
 
 SCRIPT = Path(models.__file__)
 SMOLLM2 = "SmolLM2-135M-Instruct-Q4_1"
@@ -42,7 +44,7 @@ def run(cache: Path, *arguments: str, **environment: str) -> subprocess.Complete
 
 
 def pretend_all_present(cache: Path) -> None:
-    for model in models.DEMO_MODELS:
+    for model in models.DEMO:
         model.snapshot(cache).mkdir(parents=True)
         ref = model.folder(cache) / "refs" / "main"
         ref.parent.mkdir()
@@ -105,7 +107,10 @@ def test_a_second_run_does_nothing_and_is_quick(tmp_path: Path) -> None:
     told = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"PIP_INDEX_URL": "http://127.0.0.1:9"}, check=True
     )
-    assert told.stdout.splitlines() == [f"nothing to do for 4 demo models: they are in {tmp_path / 'hub'}", "[]"]
+    assert told.stdout.splitlines() == [
+        f"nothing to do for 4 demo models and 1 autoencoder: they are in {tmp_path / 'hub'}",
+        "[]",
+    ]
 
 
 def test_a_killed_conversion_leaves_no_half_model(tmp_path: Path, demo_cache: Path) -> None:
@@ -134,8 +139,37 @@ def test_the_cache_is_one_of_hugging_face(demo_cache: Path) -> None:
     found = scan_cache_dir(demo_cache)
     assert not found.warnings
     assert {repo.repo_id: [(r.commit_hash, set(r.refs)) for r in repo.revisions] for repo in found.repos} == {
-        model.id: [(model.revision, {"main"})] for model in models.DEMO_MODELS
+        model.id: [(model.revision, {"main"})] for model in models.DEMO
     }
+
+
+def test_the_autoencoder_is_found_and_is_no_broken_model(demo_cache: Path) -> None:
+    [found] = sae.scan(cache_dir=demo_cache)
+    about = found.description
+    assert about is not None
+    assert (found.source, about.revision) == ("raymi-demo/SmolLM2-135M-Instruct-sae", models.DEMO_SAE.revision)
+    assert (about.model_id, about.site) == (f"raymi-demo/{SMOLLM2}", "blocks.15.hook_resid_post")
+    assert {model.id for model in catalog.scan(demo_cache)} == {model.id for model in models.DEMO_MODELS}
+
+
+def test_an_autoencoder_that_changed_is_another_revision(tmp_path: Path) -> None:
+    """And it is the one that is used from then on; the same one is left as it is."""
+    source, cache = tmp_path / "source", tmp_path / "cache"
+    made = models.DemoSae("sae", saelens(source))
+    models.make([made], cache, None)
+    first = made.snapshot(cache)
+    assert {path.name: path.read_bytes() for path in first.iterdir()} == {
+        path.name: path.read_bytes() for path in source.iterdir()
+    }
+    before = first.stat().st_ino
+    models.make([made], cache, None)
+    assert first.stat().st_ino == before
+
+    saelens(source, k=7)
+    assert not made.present(cache)
+    models.make([made], cache, None)
+    assert made.snapshot(cache) != first
+    assert sae.describe(made.id, cache_dir=cache / "hub").revision == made.revision
 
 
 def test_a_revision_changes_with_what_it_is_made_from() -> None:

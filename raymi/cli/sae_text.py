@@ -84,11 +84,13 @@ def _activity(saes: "Saes", width: int) -> Iterator[str]:
         ]
         yield from table(("SAE", "texts", "tokens", "mean L0", "features"), rows, right=range(1, 5), width=width)
     by = ["model_id", "revision", "experiment", "sae", "sae_version", "site", "skipped", "feature"]
-    first = saes.examples.filter(saes.examples["rank"] == 1).select(*by, "context")
+    first = saes.examples.filter(saes.examples["rank"] == 1).select(*by, "prompt_id", "position", "context")
     found = saes.features.join(first, on=by, how="left", maintain_order="left")
     for about, its in _by(found, "experiment", "model_id", "sae", "site"):
-        yield from _heading(width, *_of(about, "the features that are strongest anywhere, and where"))
-        most = its.sort("max", "feature", descending=[True, False]).head(_FEATURES)
+        yield from _heading(width, *_of(about, "the strongest features, each at another token: where it is strongest"))
+        # A token whose activations are of another size would have all the rows.
+        ordered = its.sort("max", "feature", descending=[True, False])
+        most = ordered.unique(["prompt_id", "position"], keep="first", maintain_order=True).head(_FEATURES)
         numbers = [
             [str(row["feature"]), number(row["density"]), _short(row["mean"]), _short(row["max"])]
             for row in most.iter_rows(named=True)
@@ -182,7 +184,7 @@ def _room(header: tuple[str, ...], rows: list[list[str]], width: int) -> int | N
 
 def clipped(context: str, room: int | None) -> str:
     """A text on one line, of which the end and then the beginning go where there is no room, but not what is marked."""
-    text = " ".join(context.split())
+    text = " ".join(context.replace("\n", "\\n").split())
     if room is None or len(text) <= room:
         return text
     until = text.find("»", text.find("«")) + 1

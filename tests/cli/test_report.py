@@ -178,7 +178,9 @@ def test_a_report_of_autoencoders_has_their_tables_and_no_empty_ones(of_saes: Pa
     # The strongest features, the strongest of them first, and where.
     (strongest,) = [line for line in text.splitlines() if line.startswith("     29  ")]
     assert strongest.split()[:4] == ["29", "0.0333", "29.00", "29.00"]
-    assert strongest.endswith("« word29 »")
+    assert strongest.endswith("« word29\\n»")
+    # Feature 40 is active wherever others are, but nowhere the strongest.
+    assert not any(line.startswith("     40  ") for line in text.splitlines())
     # Those that change most, and what they raise.
     assert ["14", "50", "1", "3.2500", "5.0000", "-", '"', 'Paris"', "+50.0"] in cells
     assert text.count("and 10 more rows in --csv and --parquet") == 1
@@ -206,7 +208,7 @@ def test_tables_of_autoencoders_are_exported(of_saes: Path, folder: Path, tmp_pa
         ("one two« three» four five", 100, "one two« three» four five"),
         ("one two« three» four five", 20, "one two« three» four"),
         ("of one two« three» four five", 20, "…ne two« three» four"),
-        ("a\n\n b« c»", None, "a b« c»"),
+        ("a\n  b« c»", None, "a\\n b« c»"),
         ("« first» and then much more of it", 12, "« first» and"),
         ("much of it and then« last»", 12, "…then« last»"),
     ],

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +23,7 @@ _SAMPLE = 200
 
 
 class Corpus(Fields):
-    """The texts of a file, cut into chunks of equally many tokens by each model's tokenizer.
+    """The texts of a file, cut into chunks of equally many tokens by each model's tokenizer, without a chat template.
 
     Reading the job reads the file. Its contents travel with the job to the replicas, but are no part of what is written
     down of the job: there its digest stands for them.
@@ -63,7 +64,7 @@ class Corpus(Fields):
         """The texts of the file, in its order, without blank ones."""
         return self._documents
 
-    @property
+    @cached_property
     def id(self) -> str:
         """The file's name and a hash of all that decides what a chunk of some number is, but for the tokenizer."""
         what = json.dumps([self.sha256, self.field, self.context])

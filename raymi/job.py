@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import filter as matching
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -143,7 +144,7 @@ class Job(Fields):
         """The pieces of text whose positions its experiments name."""
         return frozenset[str]().union(*(spec.pieces for spec in self.experiments))
 
-    @property
+    @cached_property
     def corpora(self) -> tuple[Corpus, ...]:
         """The corpora of its experiments, each once."""
         found = [corpus for spec in self.experiments if (corpus := _corpus(spec))]

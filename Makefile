@@ -5,8 +5,9 @@ VENV ?= .venv
 # A package index for torch alone, such as https://download.pytorch.org/whl/cpu for a machine without a GPU.
 TORCH_INDEX ?=
 STORE ?= results/demo
-# Options of `python -m benchmarks.ablations`, such as --quick.
+# Options of `python -m benchmarks.ablations` and of `python -m benchmarks.autoencoders`, such as --quick.
 BENCH ?=
+BENCH_SAES ?= $(filter --quick,$(BENCH))
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -80,6 +81,7 @@ lint: $(VENV)/.test
 bench: $(VENV)/.bench
 	@$(BIN)/python demo/models.py
 	$(BIN)/python -m benchmarks.ablations $(BENCH)
+	$(BIN)/python -m benchmarks.autoencoders $(BENCH_SAES)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -7,7 +7,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from benchmarks.arithmetic import Arithmetic, matmul_rate, synchronize, timed
+from benchmarks.arithmetic import Arithmetic, PeakMemory, matmul_rate, timed
 from benchmarks.cases import SHAPES, Case, Part, cases, load_demo, make_shape, twin
 from benchmarks.peers import PEERS, Peer
 from benchmarks.report import append_markdown, print_report, setting
@@ -89,7 +88,7 @@ class Contest:
 
     def run(self, case: Case) -> Measured:
         sample = _spread(case, 10 * self.budget.cells)
-        with _PeakMemory(self.device) as peak:
+        with PeakMemory(self.device) as peak:
             found = self._logits(case, sample)  # this is the warm-up, too
             rates = [self._rate()]
             rounds = list(self._rounds(case))
@@ -258,35 +257,6 @@ def _spread(case: Case, n: int) -> list[At]:
     every = [(p, i) for p, part in enumerate(case.parts) for i in range(len(part.cells))]
     golden = 0.6180339887498949
     return list(dict.fromkeys(every[int((0.5 + i * golden) % 1 * len(every))] for i in range(n)))
-
-
-class _PeakMemory:
-    """How much more memory was in use, at most, than when it was entered: a GPU's, or this process's on Linux."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.bytes, self.before = device, 0, 0
-
-    def __enter__(self) -> "_PeakMemory":
-        synchronize(self.device)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            with suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is in use
-        self.before = self._peak()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bytes = self._peak() - self.before
-
-    def _peak(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        with suppress(OSError):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        return 0
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

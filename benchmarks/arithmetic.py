@@ -6,6 +6,8 @@ over the keys that a query may see, and the unembedding of one position.
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -82,3 +84,32 @@ def onednn_rate(times: int = 10) -> float:
     product = torch.ops.mkldnn._linear_pointwise
     cpu = torch.device("cpu")
     return 2 * n**3 / min(timed(cpu, lambda: product(a, b, None, "none", [], "")) for _ in range(times))
+
+
+class PeakMemory:
+    """How much more memory was in use, at most, than when it was entered: a GPU's, or this process's on Linux."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.bytes, self.before = device, 0, 0
+
+    def __enter__(self) -> "PeakMemory":
+        synchronize(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is in use
+        self.before = self._peak()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bytes = self._peak() - self.before
+
+    def _peak(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        with suppress(OSError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        return 0

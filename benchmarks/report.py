@@ -16,7 +16,7 @@ from benchmarks.arithmetic import onednn_rate
 from benchmarks.results import FULL, FULL_EACH, Measured, aims
 from raymi.model.hooked import HookedModel
 
-PACKAGES = ("raymi", "torch", "transformers", "transformer-lens", "nnsight")
+PACKAGES = ("raymi", "torch", "transformers", "transformer-lens", "nnsight", "sae-lens")
 ORDER = (FULL, FULL_EACH, "plain loop", "TransformerLens", "nnsight")
 
 
@@ -126,21 +126,33 @@ def _tables(results: Sequence[Measured], dtype: str) -> dict[str, list[list[str]
 
 
 def print_report(results: Sequence[Measured], dtype: str, console: Console) -> None:
-    for title, (head, *rows) in _tables(results, dtype).items():
+    print_tables(_tables(results, dtype), NOTES, console)
+
+
+def print_tables(tables: Mapping[str, list[list[str]]], notes: str, console: Console) -> None:
+    """Title -> head and rows."""
+    for title, (head, *rows) in tables.items():
         table = Table(*head, title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for row in rows:
             table.add_row(*row)
         console.print(table)
-    console.print(NOTES, markup=False, highlight=False)
+    console.print(notes, markup=False, highlight=False)
 
 
 def append_markdown(path: Path, head: Sequence[str], results: Sequence[Measured], dtype: str) -> None:
     """A section for `RESULTS.md`."""
-    date = head[0].removeprefix("date: ")
     about = "\n".join(f"- `{r.name}`: {r.about}" for r in results)
-    parts = [f"## {date}", "\n".join(f"- {line}" for line in head[1:]), about]
-    for title, (first, *rows) in _tables(results, dtype).items():
+    append_tables(path, head, about, _tables(results, dtype), NOTES)
+
+
+def append_tables(
+    path: Path, head: Sequence[str], about: str, tables: Mapping[str, list[list[str]]], notes: str
+) -> None:
+    """A section of such tables."""
+    date = head[0].removeprefix("date: ")
+    parts = [f"## {date}", "\n".join(f"- {line}" for line in head[1:]), *([about] if about else [])]
+    for title, (first, *rows) in tables.items():
         ruled = [first, ["---"] * len(first), *rows]
         parts += [f"### {title}", "\n".join(f"| {' | '.join(row)} |" for row in ruled)]
     with path.open("a", encoding="utf-8") as file:
-        file.write("\n\n".join([*parts, NOTES]) + "\n\n")
+        file.write("\n\n".join([*parts, notes]) + "\n\n")

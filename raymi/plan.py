@@ -359,7 +359,7 @@ def drawn(
 ) -> list[tuple[Spec, TokenizedPrompt, Work]]:
     """What is measured twice, once by full forwards: `job.verify` pieces of work, drawn by the job's seed.
 
-    Every experiment has its turn, however many texts the others have.
+    Every experiment that has something to measure on the model has its turn, however many texts the others have.
 
     Args:
         job: the job.
@@ -367,15 +367,16 @@ def drawn(
         prompts: as the model reads them.
         saes: the autoencoders of its experiments.
     """
-    random = Random(f"{job.seed} {model.id}")
+    random, of = Random(f"{job.seed} {model.id}"), saes or {}
     choices = {spec.name: [each for each in prompts if job.chooses(spec, each.prompt.id)] for spec in job.experiments}
-    turns = [spec for spec in job.experiments if choices[spec.name]]
+    without = {spec.name for spec in job.experiments if isinstance(spec, SaeSpec) and not of.get(spec.name)}
+    turns = [spec for spec in job.experiments if choices[spec.name] and spec.name not in without]
     random.shuffle(turns)
     found: list[tuple[Spec, TokenizedPrompt, Work]] = []
     for number in range(job.verify if turns else 0):
         spec = turns[number % len(turns)]
         prompt = random.choice(choices[spec.name])
-        if its := _work(spec, prompt, model, (saes or {}).get(spec.name, ())):
+        if its := _work(spec, prompt, model, of.get(spec.name, ())):
             found.append((spec, prompt, random.choice(its)))
     return found
 

@@ -172,7 +172,7 @@ def test_a_job_file_is_run_as_raymi_run_does(raymi_: Raymi) -> None:
 def write_sweep(saes: str, *more: dict[str, Any]) -> None:
     quality = {"kind": "sae", "measure": "quality", "saes": saes, "corpus": {"file": "corpus.txt", "context": 12}}
     prompts = [{"id": "paris", "text": "The capital of France is", "answer": " Paris"}] if more else []
-    job = {"name": "sweep", "models": "org/*", "experiments": [*more, quality], "verify": 1}
+    job = {"name": "sweep", "models": "org/*", "experiments": [*more, quality], "verify": 4}
     Path("sweep.yaml").write_text(yaml.safe_dump({**job, **({"prompts": prompts} if prompts else {})}))
 
 
@@ -187,6 +187,7 @@ def test_models_without_an_sae_have_their_knockouts_and_a_note(raymi_: Raymi) ->
     assert said.code == 0, said.err
     assert sorted(rows("ablations")["model_id"].unique()) == ["org/one", "org/two"]
     assert rows("sae_quality")["model_id"].unique().to_list() == ["org/one"]
+    assert rows("verifications").filter(model_id="org/two").height == 4
     assert "org/two: quality: no SAE in the cache that matches 'org/s*' fits this model" in said.out
     said = raymi_("run", "sweep.yaml")
     assert (said.code, "nothing to do" in said.out) == (0, True)

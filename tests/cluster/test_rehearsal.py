@@ -15,14 +15,21 @@ from raymi import catalog
 from raymi.cluster import rehearsal
 from raymi.cluster.tokenised import from_rows
 from raymi.cluster.worker import Worker
+from raymi.experiments.sae.resolve import refs
 from raymi.job import load_job
 from raymi.model.memory import peak_ram
 from raymi.plan import estimate, units
 
 job, model = load_job(Path("jobs/demo.yaml")), catalog.find(sys.argv[1], Path(sys.argv[2]))
-worker = Worker(model, job, threads=2)
-prompts = {prompt.prompt.id: prompt for prompt in from_rows(worker.prepare()["prompts"].to_pylist())}
-cut = [unit for spec in job.experiments for unit in units(job, spec, model, list(prompts.values()))]
+worker = Worker(model, job, cache_dir=Path(sys.argv[2]), threads=2)
+tables = worker.prepare()
+prompts = {prompt.prompt.id: prompt for prompt in from_rows(tables["prompts"].to_pylist())}
+saes = refs(tables["saes"].to_pylist())
+cut = [
+    unit
+    for spec in job.experiments
+    for unit in units(job, spec, model, list(prompts.values()), saes=saes.get(spec.name, ()))
+]
 assert isinstance(worker.load(), dict)
 assert len(list(worker.run(cut))) == len(cut)
 print(peak_ram(), estimate(job, model, cut, prompts, rehearsal.measure()).peak_bytes)

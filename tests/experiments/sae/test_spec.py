@@ -60,7 +60,7 @@ def test_what_is_skipped_in_words(skip: dict[str, Any], said: str) -> None:
         ({"measure": "injection", "features": 1}, "strengths", "found nothing; allowed: at least one"),
         ({"features": 1}, "features", "is for injection, not for quality"),
         ({"positions": "all"}, "positions", "is for injection, not for quality; `skip` says which tokens count"),
-        ({"measure": "injection", "features": 1, "strengths": 1, "skip": {"first": 1}}, "skip", "there is nothing to skip"),
+        ({"measure": "injection", "features": 1, "strengths": 1, "skip": {"first": 1}}, "skip", "there is nothing to"),
         ({"saes": []}, "saes", "found nothing; allowed: at least one"),
         ({"saes": {"sae": "org/*", "input_scale": 2.0}}, "saes.0.input_scale", "is for one SAE, and this is a pattern"),
         ({"saes": {"sae": "org/a", "input_scale": -1.0}}, "saes.0.input_scale", "found -1.0; input should be greater"),

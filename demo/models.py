@@ -440,8 +440,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    made = f"made {len(missing)} of" if missing else "nothing to do for"
-    print(f"{made} {len(DEMO_MODELS)} demo models and 1 autoencoder: they are in {cache / 'hub'}")
+    done = f"made {len(missing)}" if missing else "nothing to do"
+    print(f"{len(DEMO_MODELS)} demo models and 1 autoencoder: {done}, they are in {cache / 'hub'}")
     return 0
 
 

@@ -313,7 +313,8 @@ def test_the_slow_way_on_request_gives_the_same_rows(run: Run):
     slow = rows().filter(engine="full").sort("ablation_id")
     assert fast["engine"].unique().to_list() == ["cone"]
     assert fast["ablation_id"].equals(slow["ablation_id"])
-    assert (fast["kl"] - slow["kl"]).abs().max() < 1e-6
+    # Weights twenty times as large as usual: some answers are thousands of nats away, and float32 has seven digits.
+    assert ((fast["kl"] - slow["kl"]).abs() / slow["kl"].clip(1.0)).max() < 1e-6
     assert fast["kl"].max() > 1e-6
 
 

@@ -1,7 +1,9 @@
 """Linear layers by oneDNN: the same numbers, only inside, only where they suit."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +17,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+asked_anew = linear._longest.__wrapped__
+"""What is said of this processor, not remembered and not replaced."""
+
+
 @pytest.fixture(autouse=True)
 def pays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """On every processor, so that all of them test it."""
-    monkeypatch.setattr(linear, "_pays", lambda: True)
+    monkeypatch.setattr(linear, "_longest", lambda: sys.maxsize)
     with torch.no_grad():
         yield
 
@@ -47,7 +53,7 @@ def test_the_same_numbers(shape: tuple[int, ...], inputs: int, outputs: int, bia
 
 def test_it_really_is_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_linear", lambda x, weight, bias=None: x.new_full((len(x), len(weight)), 3.0))
-    layer, x = nn.Linear(24, 40), torch.randn(2, 24)
+    layer, x = nn.Linear(24, 40), torch.randn(linear.FEWEST, 24)
     with linear.quick_products():
         assert layer(x).eq(3.0).all()
     assert not layer(x).eq(3.0).any()
@@ -55,7 +61,7 @@ def test_it_really_is_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_long_products_are_added_up_in_parts() -> None:
     torch.manual_seed(0)
-    layer, x = nn.Linear(8 * linear.LONGEST, 64, bias=False), torch.randn(linear.FEWEST, 8 * linear.LONGEST)
+    layer, x = nn.Linear(8 * linear.LONGEST, 64, bias=False), torch.randn(linear.FEWEST_IN_PARTS, 8 * linear.LONGEST)
     in_parts = difference(layer, x)
     in_one = torch.ops.mkldnn._linear_pointwise(x, layer.weight, None, "none", [], "")
     exact = functional.linear(x.double(), layer.weight.double())
@@ -65,12 +71,13 @@ def test_long_products_are_added_up_in_parts() -> None:
 @pytest.mark.parametrize(
     ("x", "weight"),
     [
-        (torch.randn(2, 24, dtype=torch.float64), torch.randn(5, 24, dtype=torch.float64)),
-        (torch.randn(2, 24, dtype=torch.bfloat16), torch.randn(5, 24, dtype=torch.bfloat16)),
-        (torch.randn(2, 24), torch.randn(24, 5).T),
-        (torch.randn(linear.FEWEST - 1, linear.LONGEST + 1), torch.randn(5, linear.LONGEST + 1)),
+        (torch.randn(50, 24, dtype=torch.float64), torch.randn(5, 24, dtype=torch.float64)),
+        (torch.randn(50, 24, dtype=torch.bfloat16), torch.randn(5, 24, dtype=torch.bfloat16)),
+        (torch.randn(50, 24), torch.randn(24, 5).T),
+        (torch.randn(linear.FEWEST - 1, 24), torch.randn(5, 24)),
+        (torch.randn(linear.FEWEST_IN_PARTS - 1, linear.LONGEST + 1), torch.randn(5, linear.LONGEST + 1)),
     ],
-    ids=["float64", "bfloat16", "a weight that is a view", "few rows of many inputs"],
+    ids=["float64", "bfloat16", "a weight that is a view", "few rows", "few rows of many inputs"],
 )
 def test_what_does_not_suit_goes_the_usual_way(x: Tensor, weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(linear, "_linear")
@@ -82,10 +89,37 @@ def test_gradients_go_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(linear, "_linear")
     layer = nn.Linear(24, 40)
     with torch.enable_grad(), linear.quick_products():
-        layer(torch.randn(2, 24)).sum().backward()
+        layer(torch.randn(50, 24)).sum().backward()
     assert layer.weight.grad is not None
 
 
+def test_long_products_only_where_copies_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_longest", lambda: linear.LONGEST)
+    monkeypatch.setattr(linear, "_linear", lambda x, weight, bias=None: x.new_full((len(x), len(weight)), 3.0))
+    for inputs, quick in ((linear.LONGEST, True), (linear.LONGEST + 1, False)):
+        with linear.quick_products():
+            product = functional.linear(torch.randn(linear.FEWEST_IN_PARTS, inputs), torch.randn(5, inputs))
+        assert bool(product.eq(3.0).all()) == quick
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "capability", "longest"),
+    [
+        ("AuthenticAMD", 26, "AVX512", sys.maxsize),
+        ("AuthenticAMD", 25, "AVX512", linear.LONGEST),
+        ("AuthenticAMD", 25, "AVX2", 0),
+        ("GenuineIntel", 6, "AVX512", 0),
+    ],
+)
+def test_which_processors_it_pays_on(
+    vendor: str, family: int, capability: str, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = f"vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 17\n"
+    monkeypatch.setattr(Path, "read_text", lambda _: told)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert asked_anew() == longest
+
+
 def test_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_pays", lambda: False)
+    monkeypatch.setattr(linear, "_longest", lambda: 0)
     assert isinstance(linear.quick_products(), nullcontext)

@@ -64,7 +64,7 @@ class Cone:
                 stack.callback(block.module.register_forward_hook(self._note).remove)
             if prefix:
                 model.tap.keep = self.states
-            stack.enter_context(quick_products())
+            stack.enter_context(quick_products(model.linears))
             self.clean_PV = model.forward(self.ids_PT).logits_BV
 
     def _remember(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -163,7 +163,7 @@ class Cone:
                 stack.callback(handle.remove)
             stack.callback(model.backbone.register_forward_hook(keep).remove)
             check = stack.enter_context(model.armed(interventions, n_positions, start=start, prefix=prefix))
-            with suppress(EnoughError), quick_products():
+            with suppress(EnoughError), quick_products(model.linears):
                 model.run(self.ids_PT[:1, start:], len(interventions), **seen)
             fired_B, empty_B = check()
         hidden_BD, returned = kept

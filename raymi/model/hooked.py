@@ -17,6 +17,7 @@ from raymi.model.attention import NAME, Cut, Edges, Prefix, Tap, attach
 from raymi.model.edited_mask import edited_masks
 from raymi.model.editing import SiteEdits, place
 from raymi.model.interventions import EDITABLE, Edit, Intervention, Mask
+from raymi.model.linear import linear_layers
 from raymi.model.sites import (
     IN_ATTENTION,
     Block,
@@ -91,6 +92,7 @@ class HookedModel:
         inner = _first_int(text, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * self.hidden_size
         self.shape = Shape(self.n_heads, self.hidden_size, inner, self.vocab_size, self.dtype.itemsize)
         self.tap = Tap()
+        self.linears = linear_layers(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._last = torch.tensor([-1], device=self.device)
         for module in model.modules():

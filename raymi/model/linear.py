@@ -14,16 +14,14 @@ Legend: R rows, I inputs, O outputs.
 
 import re
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 LONGEST = 640
 """Inputs that are added up in one chain."""
@@ -35,23 +33,31 @@ ZEN_5 = 26
 """The family of AMD's processors from which on they have units as wide as AVX-512."""
 
 
-def quick_products() -> AbstractContextManager[object]:
-    """While inside, linear layers take float32 products from the library that is fast on this processor."""
+def linear_layers(model: nn.Module) -> list[nn.Linear]:
+    """The layers of a model whose products may be taken from elsewhere."""
+    found = (module for module in model.modules() if isinstance(module, nn.Linear))
+    return [module for module in found if type(module).forward is nn.Linear.forward]
+
+
+@contextmanager
+def quick_products(layers: Sequence[nn.Linear]) -> Iterator[None]:
+    """While inside, these layers take float32 products from the library that is fast on this processor."""
     longest = _longest()
-    return _OneDNN(longest) if longest else nullcontext()
+    # A forward of its own is accelerate's, which moves weights about, or this one, entered twice. Forwards are replaced
+    # rather than `functional.linear` watched for: a TorchFunctionMode makes every call of torch slower.
+    quick = [layer for layer in layers if "forward" not in layer.__dict__] if longest else []
+    for layer in quick:
+        layer.__dict__["forward"] = partial(_forward, layer, longest)
+    try:
+        yield
+    finally:
+        for layer in quick:
+            del layer.__dict__["forward"]
 
 
-class _OneDNN(TorchFunctionMode):
-    def __init__(self, longest: int) -> None:
-        super().__init__()
-        self.longest = longest
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is functional.linear and not kwargs and _suits(self.longest, *args):
-            return _linear(*args)
-        return func(*args, **(kwargs or {}))
+def _forward(layer: nn.Linear, longest: int, x: Tensor) -> Tensor:
+    product = _linear if _suits(longest, x, layer.weight, layer.bias) else functional.linear
+    return product(x, layer.weight, layer.bias)
 
 
 @cache
@@ -71,8 +77,8 @@ def _longest() -> int:
     return sys.maxsize if int(family[1]) >= ZEN_5 else LONGEST
 
 
-def _suits(longest: int, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> bool:
-    given = [x, weight_OI] if bias_O is None else [x, weight_OI, bias_O]
+def _suits(longest: int, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> bool:
+    given = (x, weight_OI) if bias_O is None else (x, weight_OI, bias_O)
     if not all(each.device.type == "cpu" and each.dtype == torch.float32 for each in given):
         return False
     n_inputs = weight_OI.shape[1]
@@ -81,7 +87,7 @@ def _suits(longest: int, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = N
     return enough and weight_OI.is_contiguous() and not torch.is_grad_enabled()
 
 
-def _linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def _linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """`functional.linear`, [..., I] -> [..., O]."""
     product, n_inputs = torch.ops.mkldnn._linear_pointwise, weight_OI.shape[1]
     n_parts = -(-n_inputs // LONGEST)

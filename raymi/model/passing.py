@@ -71,5 +71,5 @@ def unembed(model: HookedModel, hidden_ND: Tensor, ids_11: Tensor, returned: Any
     """
     given = copy.copy(returned)
     given.last_hidden_state = hidden_ND[:, None]
-    with standing_in(model.backbone, lambda *_, **__: given), quick_products():
+    with standing_in(model.backbone, lambda *_, **__: given), quick_products(model.linears):
         return model.run(ids_11)

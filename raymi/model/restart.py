@@ -165,7 +165,7 @@ class Restart:
         with ExitStack() as stack:
             stack.callback(self.model.backbone.register_forward_hook(keep).remove)
             check = stack.enter_context(self.model.armed(interventions, self.ids_BT.shape[1]))
-            with suppress(EnoughError), quick_products():
+            with suppress(EnoughError), quick_products(self.model.linears):
                 self.model.run(self.ids_BT)
             check()
         return returned[0] if returned else None

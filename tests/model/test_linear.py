@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,7 @@ def pays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def difference(layer: nn.Linear, x: Tensor) -> float:
-    with linear.quick_products():
+    with linear.quick_products([layer]):
         found = layer(x)
     wanted = functional.linear(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
     assert found.shape == wanted.shape
@@ -51,11 +50,26 @@ def test_the_same_numbers(shape: tuple[int, ...], inputs: int, outputs: int, bia
     assert difference(layer, x) <= max(5e-6, 3 * usual)
 
 
-def test_it_really_is_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_linear", lambda x, weight, bias=None: x.new_full((len(x), len(weight)), 3.0))
+def three(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """What nothing else would give."""
+    return x.new_full((*x.shape[:-1], len(weight_OI)), 3.0)
+
+
+def is_quick(layer: nn.Linear, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> bool:
+    with monkeypatch.context() as patch, linear.quick_products([layer]):
+        patch.setattr(linear, "_linear", three)
+        return bool(layer(x).eq(3.0).all())
+
+
+def test_only_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = nn.Linear(24, 40), torch.randn(linear.FEWEST, 24)
-    with linear.quick_products():
+    monkeypatch.setattr(linear, "_linear", three)
+    with pytest.raises(RuntimeError, match="stop"), linear.quick_products([layer]):
         assert layer(x).eq(3.0).all()
+        with linear.quick_products([layer]):
+            assert layer(x).eq(3.0).all()
+        assert layer(x).eq(3.0).all()
+        raise RuntimeError("stop")  # noqa: PT012
     assert not layer(x).eq(3.0).any()
 
 
@@ -69,37 +83,59 @@ def test_long_products_are_added_up_in_parts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("x", "weight"),
+    ("rows", "inputs", "dtype"),
     [
-        (torch.randn(50, 24, dtype=torch.float64), torch.randn(5, 24, dtype=torch.float64)),
-        (torch.randn(50, 24, dtype=torch.bfloat16), torch.randn(5, 24, dtype=torch.bfloat16)),
-        (torch.randn(50, 24), torch.randn(24, 5).T),
-        (torch.randn(linear.FEWEST - 1, 24), torch.randn(5, 24)),
-        (torch.randn(linear.FEWEST_IN_PARTS - 1, linear.LONGEST + 1), torch.randn(5, linear.LONGEST + 1)),
+        (50, 24, torch.float64),
+        (50, 24, torch.bfloat16),
+        (linear.FEWEST - 1, 24, torch.float32),
+        (linear.FEWEST_IN_PARTS - 1, linear.LONGEST + 1, torch.float32),
     ],
-    ids=["float64", "bfloat16", "a weight that is a view", "few rows", "few rows of many inputs"],
+    ids=["float64", "bfloat16", "few rows", "few rows of many inputs"],
 )
-def test_what_does_not_suit_goes_the_usual_way(x: Tensor, weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(linear, "_linear")
-    with linear.quick_products():
-        assert functional.linear(x, weight).equal(functional.linear(x, weight))
+def test_what_does_not_suit_goes_the_usual_way(
+    rows: int, inputs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = nn.Linear(inputs, 5, dtype=dtype), torch.randn(rows, inputs, dtype=dtype)
+    assert not is_quick(layer, x, monkeypatch)
+    with linear.quick_products([layer]):
+        assert layer(x).equal(functional.linear(x, layer.weight, layer.bias))
+
+
+def test_a_weight_that_is_a_view_goes_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Linear(24, 5)
+    assert is_quick(layer, torch.randn(50, 24), monkeypatch)
+    layer.weight = nn.Parameter(torch.randn(24, 5).T)
+    assert not is_quick(layer, torch.randn(50, 24), monkeypatch)
 
 
 def test_gradients_go_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(linear, "_linear")
     layer = nn.Linear(24, 40)
-    with torch.enable_grad(), linear.quick_products():
+    with torch.enable_grad(), linear.quick_products([layer]):
         layer(torch.randn(50, 24)).sum().backward()
     assert layer.weight.grad is not None
 
 
+def test_only_layers_that_are_plainly_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Twice(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    plain, other, moved = nn.Linear(24, 40), Twice(24, 40), nn.Linear(24, 40)
+    moved.forward = lambda x: x + 7  # as accelerate does
+    x = torch.randn(50, 24)
+    monkeypatch.setattr(linear, "_linear", three)
+    with linear.quick_products(linear.linear_layers(nn.Sequential(plain, other, moved))):
+        assert plain(x).eq(3.0).all()
+        assert not other(x).eq(6.0).any()
+        assert moved(x).equal(x + 7)
+    assert moved(x).equal(x + 7)
+
+
 def test_long_products_only_where_copies_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_longest", lambda: linear.LONGEST)
-    monkeypatch.setattr(linear, "_linear", lambda x, weight, bias=None: x.new_full((len(x), len(weight)), 3.0))
     for inputs, quick in ((linear.LONGEST, True), (linear.LONGEST + 1, False)):
-        with linear.quick_products():
-            product = functional.linear(torch.randn(linear.FEWEST_IN_PARTS, inputs), torch.randn(5, inputs))
-        assert bool(product.eq(3.0).all()) == quick
+        layer = nn.Linear(inputs, 5, bias=False)
+        assert is_quick(layer, torch.randn(linear.FEWEST_IN_PARTS, inputs), monkeypatch) == quick
 
 
 @pytest.mark.parametrize(
@@ -122,4 +158,4 @@ def test_which_processors_it_pays_on(
 
 def test_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_longest", lambda: 0)
-    assert isinstance(linear.quick_products(), nullcontext)
+    assert not is_quick(nn.Linear(24, 40), torch.randn(50, 24), monkeypatch)

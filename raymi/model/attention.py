@@ -56,23 +56,6 @@ class Cut:
     per_row_B: Tensor
     """How many edges each row of the batch loses here."""
 
-    @classmethod
-    def of(cls, edge_4E: Tensor, n_rows: int, device: torch.device) -> "Cut":
-        """From (row, head, query, key) of every edge; what is named twice is cut once."""
-        # As one number each: unique rows of a matrix take fifty times as long to find.
-        _, n_heads, n_queries, n_keys = (edge_4E.amax(1) + 1).tolist()
-        line_E = (edge_4E[0] * n_heads + edge_4E[1]) * n_queries + edge_4E[2]
-        edge_E = (line_E * n_keys + edge_4E[3]).unique()
-        line_E, key_E = edge_E // n_keys, edge_E % n_keys
-
-        def places(line: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return line // (n_heads * n_queries), line // n_queries % n_heads, line % n_queries
-
-        row_E, head_E, query_E = places(line_E)
-        per_row_B = torch.bincount(row_E, minlength=n_rows)
-        lines_3N = torch.stack(places(line_E.unique_consecutive()))
-        return cls(*(each.to(device) for each in (row_E, head_E, query_E, key_E, lines_3N, per_row_B)))
-
     def of_rows(self, rows: slice) -> "Cut | None":
         """The same for some rows of the batch, which count from 0 then; None where nothing of them is cut."""
         edges_E = (self.row_E >= rows.start) & (self.row_E < rows.stop)
@@ -97,24 +80,54 @@ FEW = 32
 
 @dataclass(slots=True)
 class Edges:
-    """What is to be cut in one layer, as it is collected row by row."""
+    """What is to be cut in a forward, as it is collected row by row: (layer, row, head, query, key) of every edge."""
 
-    few: list[tuple[int, int, int, int]] = field(default_factory=list[tuple[int, int, int, int]])
+    few: list[tuple[int, int, int, int, int]] = field(default_factory=list[tuple[int, int, int, int, int]])
     many: list[Tensor] = field(default_factory=list[Tensor])
 
-    def add(self, row: int, heads: Sequence[int], edges: Sequence[tuple[int, int]], start: int) -> None:
+    def add(self, layer: int, row: int, heads: Sequence[int], edges: Sequence[tuple[int, int]], start: int) -> None:
         """Every edge (query, key) of every head; queries count from `start` on."""
         if len(heads) * len(edges) <= FEW:
-            self.few += [(row, head, query - start, key) for head in heads for query, key in edges]
+            self.few += [(layer, row, head, query - start, key) for head in heads for query, key in edges]
             return
         query_E, key_E = torch.tensor(edges).T
         head_HE = torch.tensor(heads)[:, None].expand(-1, len(edges))
-        parts = torch.broadcast_tensors(torch.tensor(row), head_HE, query_E - start, key_E)
+        parts = torch.broadcast_tensors(torch.tensor(layer), torch.tensor(row), head_HE, query_E - start, key_E)
         self.many.append(torch.stack(parts).flatten(1))
 
-    def cut(self, n_rows: int, device: torch.device) -> Cut:
+    def cuts(self, n_rows: int, device: torch.device) -> dict[int, Cut]:
+        """By layer."""
         few = [torch.tensor(self.few).T] if self.few else []
-        return Cut.of(torch.cat([*few, *self.many], 1), n_rows, device)
+        parts = [*few, *self.many]
+        return cuts(torch.cat(parts, 1), n_rows, device) if parts else {}
+
+
+def cuts(edge_5E: Tensor, n_rows: int, device: torch.device) -> dict[int, Cut]:
+    """From (layer, row, head, query, key) of every edge, what each layer loses; what is named twice is cut once."""
+    # As one number each: unique rows of a matrix take fifty times as long to find. All layers at once: a tensor that
+    # goes to a GPU by itself costs more than what is in it.
+    n_layers, _, n_heads, n_queries, n_keys = (edge_5E.amax(1) + 1).tolist()
+    line_E = ((edge_5E[0] * n_rows + edge_5E[1]) * n_heads + edge_5E[2]) * n_queries + edge_5E[3]
+    edge_E = (line_E * n_keys + edge_5E[4]).unique()
+    line_E, key_E = edge_E // n_keys, edge_E % n_keys
+    line_N = line_E.unique_consecutive()
+
+    def places(line: Tensor) -> Tensor:
+        of_head = line // n_queries
+        return torch.stack([of_head // n_heads % n_rows, of_head % n_heads, line % n_queries])
+
+    def by_layer(whole: Tensor, line: Tensor) -> Sequence[Tensor]:
+        sizes = torch.bincount(line // (n_rows * n_heads * n_queries), minlength=n_layers)
+        return whole.to(device).split(sizes.tolist(), -1)
+
+    per_row_LB = torch.bincount(line_E // (n_heads * n_queries), minlength=n_layers * n_rows).view(-1, n_rows)
+    edges = by_layer(torch.cat([places(line_E), key_E[None]]), line_E)
+    lines, per_row = by_layer(places(line_N), line_N), per_row_LB.to(device)
+    return {
+        layer: Cut(row_E, head_E, query_E, key_E, line_3N, per_row[layer])
+        for layer, ((row_E, head_E, query_E, key_E), line_3N) in enumerate(zip(edges, lines, strict=True))
+        if len(row_E)
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,11 +346,14 @@ def _mix(pattern_KBQS: Tensor, value_KBSD: Tensor, prefix: tuple[Tensor, Tensor]
     if prefix is None:
         return pattern_KBQS @ value_KBSD
     before_KPSD, length = prefix[1], prefix[1].shape[2]
-    out = pattern_KBQS[..., length:] @ value_KBSD
+    after_KBQS, before_KBQS = pattern_KBQS[..., length:], pattern_KBQS[..., :length]
     if before_KPSD.shape[1] == pattern_KBQS.shape[1]:
-        return out + pattern_KBQS[..., :length] @ before_KPSD
-    weights_KNS = pattern_KBQS[..., :length].flatten(1, 2)
-    return out + torch.bmm(weights_KNS, before_KPSD[:, 0]).unflatten(1, pattern_KBQS.shape[1:3])
+        out = before_KBQS @ before_KPSD
+    else:
+        out = torch.bmm(before_KBQS.flatten(1, 2), before_KPSD[:, 0]).unflatten(1, pattern_KBQS.shape[1:3])
+    if value_KBSD.shape[2] == 1:  # the usual case: a product of one row and one column takes as long as the prefix's
+        return out.addcmul_(after_KBQS, value_KBSD)
+    return out.add_(after_KBQS @ value_KBSD)
 
 
 def _by_key_head(per_head: Tensor, n_key_heads: int) -> Tensor:

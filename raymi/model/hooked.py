@@ -261,7 +261,7 @@ class HookedModel:
         self, interventions: Sequence[Sequence[Intervention]], start: int, n_positions: int
     ) -> tuple[dict[int, Cut], dict[tuple[int, str], SiteEdits], Tensor]:
         """By layer and site: edges to cut, edits; and how often each row must fire, [B]."""
-        edges: dict[int, Edges] = {}
+        edges = Edges()
         masks: dict[tuple[int, int], list[Mask]] = {}
         edits: dict[tuple[int, str], SiteEdits] = {}
         expected = [0] * len(interventions)
@@ -270,7 +270,7 @@ class HookedModel:
                 self._refuse_missing(one, start + n_positions)
                 if isinstance(one, Mask):
                     heads = range(self.n_heads) if one.heads is None else one.heads
-                    edges.setdefault(one.layer, Edges()).add(row, heads, one.edges, start)
+                    edges.add(one.layer, row, heads, one.edges, start)
                     masks.setdefault((row, one.layer), []).append(one)
                     continue
                 at = one.layer, one.site
@@ -281,8 +281,7 @@ class HookedModel:
         # Counted from what was asked for, not from the tensors that will do it: they are what is checked.
         for (row, _), of_row in masks.items():
             expected[row] += self._n_edges(of_row)
-        cuts = {layer: its.cut(len(interventions), self.device) for layer, its in edges.items()}
-        return cuts, edits, torch.tensor(expected)
+        return edges.cuts(len(interventions), self.device), edits, torch.tensor(expected)
 
     def _n_edges(self, masks: Sequence[Mask]) -> int:
         """Edges, each of one head, that the masks of one row and layer name together."""

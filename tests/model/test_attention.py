@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from raymi.model.attention import IGNORED, Cut, Tap, UnsupportedAttention, attach, attention
+from raymi.model.attention import IGNORED, Tap, UnsupportedAttention, attach, attention, cuts
 
 B, H, K, T, D, DV = 2, 4, 2, 6, 8, 5
 
@@ -60,7 +60,7 @@ def run(*states: Tensor, mask: Tensor | None = None, cut: list[tuple[int, int, i
     tap.begin(B, torch.device("cpu"))
     tap.captures[3, "pattern"] = None
     if cut:
-        tap.cuts[3] = Cut.of(torch.tensor(cut).T, B, torch.device("cpu"))
+        tap.cuts |= cuts(torch.tensor([(3, *edge) for edge in cut]).T, B, torch.device("cpu"))
     out, _ = attention(module, *states, mask, **given)
     return out, tap.captures[3, "pattern"], tap
 

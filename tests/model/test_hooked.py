@@ -47,11 +47,11 @@ def test_an_intervention_that_does_not_act_is_an_error():
 def test_a_forgotten_edge_is_an_error(few: int, monkeypatch: pytest.MonkeyPatch):
     """What is expected is counted from the interventions, not from the tensors that carry them out."""
     model = HookedModel(build("llama"), "hasty-llama")
-    whole = attention.Cut.of
+    whole = attention.cuts
     monkeypatch.setattr(attention, "FEW", few)
     masks = [(Mask(1, None, ((5, 2), (5, 2), (6, 0))), Mask(1, (0,), ((6, 0), (6, 1))))]
     assert model.forward(prompt(), masks).fired_B.tolist() == [9]  # 4 heads x 2 edges, and one that is new
-    monkeypatch.setattr(attention.Cut, "of", lambda edges, n, device: whole(edges[:, edges[3] != 1], n, device))
+    monkeypatch.setattr(attention, "cuts", lambda edges, n, device: whole(edges[:, edges[4] != 1], n, device))
     with pytest.raises(NotFired, match="row 0 should have fired 9 times, and fired 8 times"):
         model.forward(prompt(), masks)
 

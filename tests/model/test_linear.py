@@ -1,6 +1,5 @@
 """Linear layers by oneDNN: the same numbers, only inside, only where they suit."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,14 +15,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-asked_anew = linear._longest.__wrapped__
+asked_anew = linear._pays.__wrapped__
 """What is said of this processor, not remembered and not replaced."""
 
 
 @pytest.fixture(autouse=True)
 def pays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """On every processor, so that all of them test it."""
-    monkeypatch.setattr(linear, "_longest", lambda: sys.maxsize)
+    monkeypatch.setattr(linear, "_pays", lambda: True)
     with torch.no_grad():
         yield
 
@@ -37,8 +36,8 @@ def difference(layer: nn.Linear, x: Tensor) -> float:
     return float((found - wanted).abs().max()) if x.numel() else 0.0
 
 
-@pytest.mark.parametrize("shape", [(7,), (3, 5), (0,), (1,), (70,), (2, 35)])
-@pytest.mark.parametrize(("inputs", "outputs"), [(24, 40), (640, 9), (641, 9), (1536, 33)])
+@pytest.mark.parametrize("shape", [(7,), (0,), (1,), (16,), (70,), (2, 35)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(24, 40), (640, 9), (5000, 33)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_same_numbers(shape: tuple[int, ...], inputs: int, outputs: int, bias: bool) -> None:
     torch.manual_seed(0)
@@ -47,50 +46,35 @@ def test_the_same_numbers(shape: tuple[int, ...], inputs: int, outputs: int, bia
     plain = functional.linear(x, layer.weight, layer.bias).double()
     exact = functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
     usual = float((plain - exact).abs().max()) if x.numel() else 0.0
-    assert difference(layer, x) <= max(5e-6, 3 * usual)
+    assert difference(layer, x) <= max(5e-6, 4 * usual)
 
 
-def three(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+def three(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What nothing else would give."""
-    return x.new_full((*x.shape[:-1], len(weight_OI)), 3.0)
+    return x.new_full((*x.shape[:-1], len(weight)), 3.0)
 
 
 def is_quick(layer: nn.Linear, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> bool:
     with monkeypatch.context() as patch, linear.quick_products([layer]):
-        patch.setattr(linear, "_linear", three)
+        patch.setattr(linear, "_by_onednn", three)
         return bool(layer(x).eq(3.0).all())
 
 
 def test_only_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = nn.Linear(24, 40), torch.randn(linear.FEWEST, 24)
-    monkeypatch.setattr(linear, "_linear", three)
-    with pytest.raises(RuntimeError, match="stop"), linear.quick_products([layer]):
+    monkeypatch.setattr(linear, "_by_onednn", three)
+    with linear.quick_products([layer]):
         assert layer(x).eq(3.0).all()
-        with linear.quick_products([layer]):
-            assert layer(x).eq(3.0).all()
+        with pytest.raises(RuntimeError), linear.quick_products([layer]):
+            layer(torch.randn(1, 2))
         assert layer(x).eq(3.0).all()
-        raise RuntimeError("stop")  # noqa: PT012
     assert not layer(x).eq(3.0).any()
-
-
-def test_long_products_are_added_up_in_parts() -> None:
-    torch.manual_seed(0)
-    layer, x = nn.Linear(8 * linear.LONGEST, 64, bias=False), torch.randn(linear.FEWEST_IN_PARTS, 8 * linear.LONGEST)
-    in_parts = difference(layer, x)
-    in_one = torch.ops.mkldnn._linear_pointwise(x, layer.weight, None, "none", [], "")
-    exact = functional.linear(x.double(), layer.weight.double())
-    assert in_parts < float((in_one - exact).abs().max())
 
 
 @pytest.mark.parametrize(
     ("rows", "inputs", "dtype"),
-    [
-        (50, 24, torch.float64),
-        (50, 24, torch.bfloat16),
-        (linear.FEWEST - 1, 24, torch.float32),
-        (linear.FEWEST_IN_PARTS - 1, linear.LONGEST + 1, torch.float32),
-    ],
-    ids=["float64", "bfloat16", "few rows", "few rows of many inputs"],
+    [(50, 24, torch.float64), (50, 24, torch.bfloat16), (linear.FEWEST - 1, 24, torch.float32)],
+    ids=["float64", "bfloat16", "few rows"],
 )
 def test_what_does_not_suit_goes_the_usual_way(
     rows: int, inputs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -123,7 +107,7 @@ def test_only_layers_that_are_plainly_linear(monkeypatch: pytest.MonkeyPatch) ->
     plain, other, moved = nn.Linear(24, 40), Twice(24, 40), nn.Linear(24, 40)
     moved.forward = lambda x: x + 7  # as accelerate does
     x = torch.randn(50, 24)
-    monkeypatch.setattr(linear, "_linear", three)
+    monkeypatch.setattr(linear, "_by_onednn", three)
     with linear.quick_products(linear.linear_layers(nn.Sequential(plain, other, moved))):
         assert plain(x).eq(3.0).all()
         assert not other(x).eq(6.0).any()
@@ -131,31 +115,16 @@ def test_only_layers_that_are_plainly_linear(monkeypatch: pytest.MonkeyPatch) ->
     assert moved(x).equal(x + 7)
 
 
-def test_long_products_only_where_copies_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_longest", lambda: linear.LONGEST)
-    for inputs, quick in ((linear.LONGEST, True), (linear.LONGEST + 1, False)):
-        layer = nn.Linear(inputs, 5, bias=False)
-        assert is_quick(layer, torch.randn(linear.FEWEST_IN_PARTS, inputs), monkeypatch) == quick
-
-
 @pytest.mark.parametrize(
-    ("vendor", "family", "capability", "longest"),
-    [
-        ("AuthenticAMD", 26, "AVX512", sys.maxsize),
-        ("AuthenticAMD", 25, "AVX512", linear.LONGEST),
-        ("AuthenticAMD", 25, "AVX2", 0),
-        ("GenuineIntel", 6, "AVX512", 0),
-    ],
+    ("vendor", "capability", "pays"),
+    [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
 )
-def test_which_processors_it_pays_on(
-    vendor: str, family: int, capability: str, longest: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told = f"vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 17\n"
-    monkeypatch.setattr(Path, "read_text", lambda _: told)
+def test_which_processors_it_pays_on(vendor: str, capability: str, pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda _: f"vendor_id\t: {vendor}\ncpu family\t: 25\n")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert asked_anew() == longest
+    assert asked_anew() == pays
 
 
 def test_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_longest", lambda: 0)
+    monkeypatch.setattr(linear, "_pays", lambda: False)
     assert not is_quick(nn.Linear(24, 40), torch.randn(50, 24), monkeypatch)

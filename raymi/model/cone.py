@@ -106,7 +106,8 @@ class Cone:
         start = rows[0].first_query if self.prefix else 0
         hidden_BD, returned, fired_B, empty_B = self._sweep(rows, start)
         processor = "cpu" if self.model.device.type == "cpu" else "gpu"
-        step = max(2, UNEMBEDDED[processor] // self.model.vocab_size)
+        most = max(2, UNEMBEDDED[processor] // self.model.vocab_size)
+        step = -(-len(hidden_BD) // -(-len(hidden_BD) // most))  # slices of equal length: a short one is slow
         clean_error, proof_1V = 0.0, self.clean_PV[:1]
         for begin in range(0, len(hidden_BD), step):
             logits_AV = self._unembed(hidden_BD[begin : begin + step], returned)

@@ -8,13 +8,15 @@ STORE ?= results/demo
 # Options of `python -m benchmarks.ablations` and of `python -m benchmarks.autoencoders`, such as --quick.
 BENCH ?=
 BENCH_SAES ?= $(filter --quick,$(BENCH))
+# Options of `python -m benchmarks.overhead`, such as --prompts 5.
+BENCH_RUN ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 UNREACHED = { echo 'raymi could not be installed: see above what pip could not reach, and from where.' >&2; exit 1; }
 CACHE = $${RAYMI_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/raymi}
 
-.PHONY: help venv demo models test lint bench oracle clean
+.PHONY: help venv demo models test lint bench bench-run oracle clean
 .NOTPARALLEL:
 
 help:
@@ -23,6 +25,7 @@ help:
 	@echo 'make oracle  only the tests that compare with computations that are not raymi'"'"'s'
 	@echo 'make lint    formatting, lint, types, and which room may import which'
 	@echo 'make bench   raymi and its peers side by side'
+	@echo 'make bench-run  what a whole run of 100,000 ablations adds to measuring them; ten minutes'
 	@echo 'make venv    only the virtual environment ($(VENV)) with raymi in it'
 	@echo 'make clean   remove the virtual environment and caches; results and models stay'
 	@echo
@@ -82,6 +85,10 @@ bench: $(VENV)/.bench
 	@$(BIN)/python demo/models.py
 	$(BIN)/python -m benchmarks.ablations $(BENCH)
 	$(BIN)/python -m benchmarks.autoencoders $(BENCH_SAES)
+
+bench-run: $(VENV)/.bench
+	@$(BIN)/python demo/models.py
+	$(BIN)/python -m benchmarks.overhead $(BENCH_RUN)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -32,8 +32,6 @@ from raymi.plan import Unit, units
 from raymi.prompts import TokenizedPrompt, tokenize
 from raymi.tokenizer import load_tokenizer
 
-CACHE = cache_directory() / "hub"
-
 
 NOTES = """\
 The same ablations each time; seconds from the moment when the model is loaded. What a run adds is its plan, rows, files
@@ -90,7 +88,7 @@ def _job(n_prompts: int) -> Job:
 
 def _engine_and_metrics(job: Job) -> tuple[int, float, list[str]]:
     """How many ablations the job has, the seconds that they take without a run around them, and where that was."""
-    model = catalog.find(DEMO.id, CACHE)
+    model = catalog.find(DEMO.id, cache_directory() / "hub")
     read = tokenize(job.prompts, load_tokenizer(model), bos=job.bos, chat_template=False)
     prompts = {prompt.prompt.id: prompt for prompt in read}
     work = [unit for spec in job.experiments for unit in units(job, spec, model, read)]
@@ -116,7 +114,7 @@ def _whole_run(job: Job, *, inline: bool) -> float:
     """Seconds from the moment when the model is loaded until the command would end."""
     with tempfile.TemporaryDirectory() as folder:
         store = raymi.store.open(folder)
-        order = Order(job, "benchmark", job.run_name, Cache(CACHE), inline=inline)
+        order = Order(job, "benchmark", job.run_name, Cache(cache_directory() / "hub"), inline=inline)
         result = sweep(order, store)
         ended = datetime.now(UTC)
         assert not result.failed, result

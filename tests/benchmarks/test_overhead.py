@@ -8,7 +8,10 @@ from benchmarks.overhead import main
 
 
 @pytest.mark.slow
-def test_the_same_ablations_three_times(demo_cache: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_same_ablations_three_times(
+    demo_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RAYMI_CACHE", str(demo_cache.parent))
     main(["--prompts", "2", "--markdown", str(tmp_path / "R.md")])
     section = (tmp_path / "R.md").read_text()
     assert "a whole run of 7,020 ablations" in section

@@ -151,6 +151,8 @@ class Contest:
 
         def work() -> None:
             nonlocal metrics
+            if case.clean_counts:
+                self.engine.cones.clear()
             for part in case.parts:
                 for batch in self.engine.ablations(*part):
                     metrics += timed(self.device, lambda batch=batch: _metrics(batch))

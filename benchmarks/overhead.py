@@ -32,7 +32,6 @@ from raymi.plan import Unit, units
 from raymi.prompts import TokenizedPrompt, tokenize
 from raymi.tokenizer import load_tokenizer
 
-
 NOTES = """\
 The same ablations each time; seconds from the moment when the model is loaded. What a run adds is its plan, rows, files
 and, on Ray, a second process that takes them in while the first one measures on all cores.\

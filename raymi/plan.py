@@ -15,7 +15,16 @@ from raymi.experiments.knockout.spec import Ablation, KnockoutSpec, ablations, c
 from raymi.experiments.sae.spec import Injection, SaeRef, SaeSpec
 from raymi.experiments.sae.spec import work as sae_work
 from raymi.job import Job, Spec
-from raymi.model.sizes import METRIC_SLICE, UNEMBEDDED, Shape, row_bytes, rows_per_batch
+from raymi.model.sizes import (
+    KEPT_BYTES,
+    METRIC_SLICE,
+    POSITIONS_PER_BATCH,
+    UNEMBEDDED,
+    Shape,
+    pays_together,
+    row_bytes,
+    rows_per_batch,
+)
 from raymi.prompts import TokenizedPrompt
 
 UNIT_VERSION = 1
@@ -445,7 +454,7 @@ def estimate(
             forwards += -(-n_rows // most) + (not _reads_texts(spec))  # the clean run, which other rows stand beside
             widest = max(widest, min(n_rows, most) * row_bytes(shape, computed, attended))
     longest = max((len(prompt.token_ids) for prompt in prompts.values()), default=1)
-    kept = 0 if full else n_layers * longest * size * (hidden + 2 * _key_width(model))
+    kept = 0 if full else _kept_bytes(units, prompts, shape, n_layers * size * (hidden + 2 * _key_width(model)), rates)
     processor = "cpu" if rates.device == "cpu" else "gpu"
     logits = min(UNEMBEDDED[processor], max((unit.n_ablations for unit in units), default=0) * vocabulary) * 4
     work = kept + max(widest, row_bytes(shape, longest, longest)) + 2 * logits + 6 * 4 * METRIC_SLICE[processor]
@@ -459,6 +468,22 @@ def estimate(
         + sum(unit.flops for unit in units) / (EFFICIENCY * rates.flops)
     )
     return Estimate(seconds, rates.process_bytes + weights + max(source, work + autoencoders), forwards)
+
+
+def _kept_bytes(
+    units: Sequence[Unit], prompts: Mapping[str, TokenizedPrompt], shape: Shape, of_position: int, rates: Rates
+) -> int:
+    """Memory of clean runs: layer inputs, keys and values of the largest, and of others as long as there is room."""
+    largest, seen = 0, dict[tuple[str, ...], int]()
+    for unit in units:
+        ids = tuple(prompt_id for prompt_id, _ in unit.items)
+        n_tokens = len(prompts[ids[0]].token_ids)
+        at_once = 1
+        if len(ids) > 1 and pays_together(shape, len(ids), unit.n_ablations, n_tokens):
+            at_once = min(len(ids), POSITIONS_PER_BATCH[rates.device] // n_tokens)
+        largest = max(largest, at_once * n_tokens * of_position)
+        seen[ids] = len(ids) * n_tokens * of_position
+    return max(largest, min(KEPT_BYTES + largest, sum(seen.values())))
 
 
 def _batches(

@@ -56,6 +56,12 @@ class Cut:
     per_row_B: Tensor
     """How many edges each row of the batch loses here."""
 
+    def to(self, device: torch.device) -> "Cut":
+        """The same where a layer computes, which on several devices need not be where the prompt is."""
+        if self.row_E.device == device:
+            return self
+        return Cut(*(getattr(self, name).to(device) for name in self.__slots__))
+
     def of_rows(self, rows: slice) -> "Cut | None":
         """The same for some rows of the batch, which count from 0 then; None where nothing of them is cut."""
         edges_E = (self.row_E >= rows.start) & (self.row_E < rows.stop)
@@ -201,9 +207,9 @@ class Tap:
     def count(self, cut: Cut, dead_N: Tensor) -> None:
         """Note that a cut was made, and which of its lines have no key left."""
         assert self.fired_B is not None
-        self.fired_B += cut.per_row_B
+        self.fired_B += cut.per_row_B.to(self.fired_B.device)
         assert self.empty_B is not None
-        self.empty_B.index_add_(0, cut.line_3N[0], dead_N.long())
+        self.empty_B.index_add_(0, *(each.to(self.empty_B.device) for each in (cut.line_3N[0], dead_N.long())))
 
     def capture(self, layer: int, name: str, value: Tensor, *, by_key_head: bool = False) -> None:
         """Keep a tensor that was asked for; [K, B, G, Q, S] is given back as TransformerLens's [B, H, Q, S]."""
@@ -267,17 +273,22 @@ def attention(
     return torch.cat([attend(tap.of_rows(layer, rows), rows) for rows in blocks]), None
 
 
-SCORES = 1 << 22
-"""Scores computed at a time on a CPU: 16 MB, a size that memory is kept for and that stays near the processor."""
+NUMBERS = {"cpu": 1 << 22, "gpu": 1 << 27}
+"""Scores, and copies of keys and values, made at a time; on a CPU 16 MB, which memory is kept for and which stays near
+the processor."""
 
 
 def _rows_at_once(tap: Tap, layer: int, query: Tensor, key: Tensor) -> int:
     n_rows, n_heads, n_queries, _ = query.shape
     captured = any(at == layer for at, _ in tap.captures)
-    if query.device.type != "cpu" or captured:
+    if captured:
         return n_rows
-    n_keys = key.shape[2] + (tap.prefix.length if tap.prefix is not None else 0)
-    return max(1, SCORES // (n_heads * n_queries * n_keys))
+    prefix = tap.prefix
+    n_keys = key.shape[2] + (prefix.length if prefix is not None else 0)
+    numbers = n_heads * n_queries * n_keys
+    if prefix is not None and prefix.prompt_B is not None:  # every row has a copy of its own prompt's keys and values
+        numbers += prefix.length * sum(states.shape[1] * states.shape[3] for states in prefix.states[layer])
+    return max(1, NUMBERS["cpu" if query.device.type == "cpu" else "gpu"] // numbers)
 
 
 def _attend(
@@ -321,7 +332,7 @@ def _prefix(tap: Tap, layer: int, n_rows: int) -> tuple[Tensor, Tensor] | None:
         return None
     keys, values = (states[:, :, : tap.prefix.length] for states in tap.prefix.states[layer])
     if tap.prefix.prompt_B is not None:
-        rows_B = tap.prefix.prompt_B[:n_rows]
+        rows_B = tap.prefix.prompt_B[:n_rows].to(keys.device)
         keys, values = keys[rows_B], values[rows_B]
     return keys.transpose(0, 1), values.transpose(0, 1)
 
@@ -384,6 +395,7 @@ def _pattern(tap: Tap, layer: int, scores_KBGQS: Tensor, sinks_H: Tensor | None)
     """Softmax over the keys, in float32, with the tap's edges cut; a line without keys attends to nothing."""
     cut, group, dead_N = tap.cuts.get(layer), scores_KBGQS.shape[2], None
     if cut is not None:
+        cut = cut.to(scores_KBGQS.device)
         head_E, head_N = cut.head_E, cut.line_3N[1]
         scores_KBGQS[head_E // group, cut.row_E, head_E % group, cut.query_E, cut.key_E] = -torch.inf
         lines = (head_N // group, cut.line_3N[0], head_N % group, cut.line_3N[2])

@@ -74,9 +74,15 @@ class Cone:
             raise NoSuchPlace(f"{self.model.name}: what its layers hand on is not one residual stream")
         self.inputs.append(x_PTD[:, self.first :].clone() if self.first else x_PTD)
 
-    def serves(self, ids_PT: Tensor, first_query: int) -> bool:
+    @property
+    def bytes(self) -> int:
+        """Memory of what is kept. Keys and values may be views of more, which goes with them."""
+        return sum(each.nbytes for each in (*self.inputs, *(s for pair in self.states.values() for s in pair)))
+
+    def serves(self, ids_PT: Tensor, first_query: int, *, prefix: bool) -> bool:
         """Whether this clean run is of these prompts and keeps what a query from `first_query` on needs."""
-        return self.first <= first_query and torch.equal(self.ids_PT, ids_PT.to(self.ids_PT.device))
+        same = self.prefix == prefix and self.ids_PT.shape == ids_PT.shape
+        return same and self.first <= first_query and torch.equal(self.ids_PT, ids_PT.to(self.ids_PT.device))
 
     def _note(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         self.beside.append(returned_beside(output))
@@ -220,7 +226,8 @@ class _Join:
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         one = len(self.input_PSD) == 1
-        new_BSD = self.input_PSD.expand(len(self.prompt_B), -1, -1) if one else self.input_PSD[self.prompt_B]
+        prompt_B = self.prompt_B.to(self.input_PSD.device)
+        new_BSD = self.input_PSD.expand(len(prompt_B), -1, -1) if one else self.input_PSD[prompt_B]
         x_BSD = new_BSD.clone() if self.first else torch.cat([hidden_input(args, kwargs), new_BSD])
         return with_hidden(x_BSD, args, kwargs)
 

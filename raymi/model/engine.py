@@ -15,14 +15,10 @@ from raymi.model.full import Batch, Full
 from raymi.model.hooked import Cell, HookedModel, NotFinite, NotFired
 from raymi.model.interventions import Mask, scale
 from raymi.model.sites import NoSuchPlace, hidden_input
-from raymi.model.sizes import rows_per_batch
+from raymi.model.sizes import KEPT_BYTES, pays_together, rows_per_batch
 
 Way = Literal["cone", "layers", "full"]
 """`cone` leaves out layers below and positions before, `layers` only the layers, `full` nothing."""
-
-
-ROWS_OF_ONE_PROMPT = 64
-"""From so many ablations a prompt on, a sweep of its own is faster than one with other prompts."""
 
 
 class OutOfMemory(RuntimeError):
@@ -64,8 +60,8 @@ class Engine:
     way: Way
     limits: dict[tuple[Way, int, int], int] = field(default_factory=dict[tuple[Way, int, int], int])
     """(way, positions computed, positions attended to) -> rows at a time; halved when memory runs out."""
-    cone: Cone | None = None
-    """The last one: units of one prompt follow each other, and its clean run serves them all."""
+    cones: list[Cone] = field(default_factory=list[Cone])
+    """The last ones, the newest at the end: a clean run serves all units of its prompts, of all experiments."""
     baselines: dict[tuple[str, int | None], Tensor] = field(default_factory=dict[tuple[str, int | None], Tensor])
     """(site, head or all of them) -> what is unembedded when the site is zero everywhere, [1, D]: where nothing of the
     text is left then, it is measured once."""
@@ -107,8 +103,7 @@ class Engine:
         (n_prompts, n_tokens), together = ids_PT.shape, self.capability.together
         if self.way == "full" or n_prompts == 1:
             return n_prompts
-        # Many rows of one prompt share the attention over its prefix; few make too small a batch.
-        if not together or n_cells >= ROWS_OF_ONE_PROMPT * n_prompts:
+        if not together or not pays_together(self.model.shape, n_prompts, n_cells, n_tokens):
             return 1
         return self._limit((self.way, n_tokens, n_tokens))  # their clean run is one batch
 
@@ -124,17 +119,26 @@ class Engine:
         if self.way == "full":
             return Full(self.model, ids_PT)
         first, prefix = min(cell.first_query for cell in cells), self.way == "cone"
-        if self.cone is None or not self.cone.serves(ids_PT, first):
-            self.cone = None  # its memory goes first
-            try:
-                self.cone = Cone(self.model, ids_PT, first, prefix=prefix, tolerance=self.capability.tolerance)
-            except Exception as error:
-                if not memory.is_out_of_memory(error):
-                    raise
-                n_prompts, n_tokens = ids_PT.shape
-                self._limit((self.way, n_tokens, n_tokens))
-                self._halve((self.way, n_tokens, n_tokens), n_prompts, error)
-        return self.cone
+        served = next((cone for cone in self.cones if cone.serves(ids_PT, first, prefix=prefix)), None)
+        if served is not None:
+            self.cones.remove(served)
+            self.cones.append(served)
+            return served
+        while sum(cone.bytes for cone in self.cones) > KEPT_BYTES:
+            del self.cones[0]
+        try:
+            self.cones.append(Cone(self.model, ids_PT, first, prefix=prefix, tolerance=self.capability.tolerance))
+        except Exception as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            if self.cones:  # their memory goes first
+                self.cones.clear()
+                return self._method(ids_PT, cells)
+            n_prompts, n_tokens = ids_PT.shape
+            self._limit((self.way, n_tokens, n_tokens))
+            self._halve((self.way, n_tokens, n_tokens), n_prompts, error)
+            return None
+        return self.cones[-1]
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -157,6 +161,7 @@ class Engine:
                 f"{self.model.name}: one ablation of a prompt of {key[2]} tokens does not fit into memory ({error})"
             ) from error
         self.limits[key] = max(2, min(self.limits[key], n_cells + 1) // 2)
+        del self.cones[:-1]  # the last one is in use
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -223,8 +228,13 @@ def _its_own_code(model: HookedModel) -> Iterator[None]:
     """Names the model when its own code cannot be run in the way that cutting edges asks for."""
     try:
         yield
-    except (NotFinite, NotFired, NoSuchPlace, UnsupportedAttention):
+    except (NotFinite, NoSuchPlace, UnsupportedAttention):
         raise
+    except NotFired as error:
+        family = type(model.model).__name__
+        raise UnsupportedAttention(
+            f"{model.name}: {family} does not call its attention once a layer, so edges of it cannot be cut ({error})"
+        ) from error
     except Exception as error:
         if memory.is_out_of_memory(error):
             raise

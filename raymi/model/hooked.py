@@ -86,7 +86,8 @@ class HookedModel:
         self.n_heads: int = _heads(text, name)
         self.hidden_size: int = text.hidden_size
         self.vocab_size: int = cast(Any, model.get_output_embeddings()).weight.shape[0]
-        self.device: torch.device = next(model.parameters()).device
+        self.device: torch.device = _device(model)
+        """Where prompts go, and logits come out. Layers may be elsewhere, where accelerate has put them."""
         self.dtype: torch.dtype = model.dtype
         self.weight_bytes: int = sum(p.numel() * p.element_size() for p in model.parameters())
         inner = _first_int(text, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * self.hidden_size
@@ -408,6 +409,13 @@ class HookedModel:
         where = f"layer {bad[0]} is the first to give it" if bad else "every layer is finite, the logits are not"
         n_rows = int((~logits_BV.isfinite().all(-1)).sum())
         return f"{self.name}: NaN or infinity in {n_rows} of {len(ids_BT)} rows; {where}"
+
+
+def _device(model: PreTrainedModel) -> torch.device:
+    embedding = model.get_input_embeddings()
+    # Where accelerate moves the weights to that it keeps elsewhere between forwards.
+    moved_to = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return cast(Any, embedding).weight.device if moved_to is None else torch.device(moved_to)
 
 
 def _heads(config: object, name: str) -> int:

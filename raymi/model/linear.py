@@ -40,7 +40,7 @@ def quick_products(layers: Sequence[nn.Linear]) -> Iterator[None]:
         yield
     finally:
         for layer in quick:
-            del layer.__dict__["forward"]
+            layer.__dict__.pop("forward", None)
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -53,10 +53,14 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _suits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    given = (x, weight) if bias is None else (x, weight, bias)
-    if not all(each.device.type == "cpu" and each.dtype == torch.float32 for each in given):
-        return False
-    return x.numel() >= FEWEST * weight.shape[1] and weight.is_contiguous() and not torch.is_grad_enabled()
+    given = (weight,) if bias is None else (weight, bias)
+    # oneDNN reads past the gaps of what is not contiguous, and knows no tensor that is more than its numbers.
+    plain = all(type(each) in _PLAIN and type(each.data) is Tensor and each.is_contiguous() for each in given)
+    fits = all(each.device.type == "cpu" and each.dtype == torch.float32 for each in (x, *given))
+    return plain and fits and x.numel() >= FEWEST * weight.shape[1] and not torch.is_grad_enabled()
+
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 @cache

@@ -3,11 +3,13 @@
 Legend: A ablations, P clean prompts, V vocabulary, C tokens reported as changed, R rows of a slice.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from raymi.model.memory import is_out_of_memory
 from raymi.model.sizes import METRIC_SLICE
 
 
@@ -66,7 +68,7 @@ class Comparison:
             top_k: how many changed tokens to report.
         """
         p_PV = (self.clean_PV - self.normaliser_P[:, None].float()).exp_()
-        parts = [self._effects(rows, p_PV, top_k) for rows in _slices(self.ablated_AV)]
+        parts = _in_slices(self.ablated_AV, lambda rows: self._effects(rows, p_PV, top_k))
         kl_A, total_variation_A, grown_A, changed_AC = (torch.cat(column) for column in zip(*parts, strict=True))
         self._normaliser_A = self.normaliser_P[self.prompt_A] + grown_A
         clean_AC = self.clean_PV[self.prompt_A[:, None], changed_AC]
@@ -102,7 +104,7 @@ class Comparison:
             for each in asked.tolist()
         ]
         logit_A1 = self.ablated_AV.gather(1, token_A[:, None])
-        after = [(self.ablated_AV[rows] > logit_A1[rows]).sum(-1) for rows in _slices(self.ablated_AV)]
+        after = _in_slices(self.ablated_AV, lambda rows: (self.ablated_AV[rows] > logit_A1[rows]).sum(-1))
         return torch.stack(before)[which_A].cpu(), torch.cat(after).cpu()
 
     def _effects(self, rows: slice, p_PV: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -135,16 +137,28 @@ class Comparison:
         return kl_R, change_RV.sum(-1) / 2, grown_R, changed_RC
 
 
-def _slices(logits_AV: Tensor) -> list[slice]:
+Found = TypeVar("Found")
+
+
+def _in_slices(logits_AV: Tensor, measure: Callable[[slice], Found]) -> list[Found]:
+    """What is measured of some rows at a time; of half as many whenever memory runs out."""
     n_rows, vocabulary = logits_AV.shape
-    step = max(1, METRIC_SLICE["cpu" if logits_AV.device.type == "cpu" else "gpu"] // vocabulary)
-    return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
+    most = METRIC_SLICE["cpu" if logits_AV.device.type == "cpu" else "gpu"] // vocabulary
+    step = max(1, min(most, n_rows))
+    while True:
+        try:
+            return [measure(slice(start, min(start + step, n_rows))) for start in range(0, n_rows, step)]
+        except Exception as error:
+            if step == 1 or not is_out_of_memory(error):
+                raise
+        step //= 2
+        if logits_AV.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _normaliser(logits_AV: Tensor) -> Tensor:
     """Logsumexp in float64, [A]."""
-    parts = [_normaliser_slice(logits_AV[rows]) for rows in _slices(logits_AV)]
-    return torch.cat(parts)
+    return torch.cat(_in_slices(logits_AV, lambda rows: _normaliser_slice(logits_AV[rows])))
 
 
 def _normaliser_slice(logits_RV: Tensor) -> Tensor:
@@ -155,7 +169,7 @@ def _normaliser_slice(logits_RV: Tensor) -> Tensor:
 
 def _first(logits_AV: Tensor) -> Tensor:
     """The place of the largest logit, [A]."""
-    return torch.cat([_top(logits_AV[rows], 1)[1][:, 0] for rows in _slices(logits_AV)])
+    return torch.cat(_in_slices(logits_AV, lambda rows: _top(logits_AV[rows], 1)[1][:, 0]))
 
 
 def _mean(values_RV: Tensor, weights_RV: Tensor) -> tuple[Tensor, Tensor]:

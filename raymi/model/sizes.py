@@ -25,6 +25,27 @@ POSITIONS_PER_BATCH = {"cpu": 4096, "mps": 8192, "cuda": 65536}
 """More positions at once make no matrix product faster, they only take memory."""
 
 
+KEPT_BYTES = 1 << 28
+"""Clean runs beyond this are forgotten, the oldest first; the last one is always kept."""
+
+
+def pays_together(shape: Shape, n_prompts: int, n_cells: int, n_tokens: int) -> bool:
+    """Whether ablations of several prompts are faster in one sweep than prompt by prompt.
+
+    A sweep reads every weight once, so few rows make too small a batch. But rows of one prompt share the attention over
+    its prefix, where rows of several each need their own keys and values: a copy as large as the prompt is long.
+    """
+    read = 4 * shape.hidden_size**2 + 3 * shape.hidden_size * shape.intermediate_size + LAYER_CALL
+    copied = 2 * n_tokens * shape.hidden_size
+    return n_cells < ROWS_OF_ONE_PROMPT * n_prompts and n_cells * copied <= n_prompts * read
+
+
+ROWS_OF_ONE_PROMPT = 64
+"""From so many ablations a prompt on, a sweep of its own is never too small."""
+LAYER_CALL = 1 << 19
+"""Numbers that could be copied in the time that a layer of the smallest model takes to be called."""
+
+
 def row_bytes(shape: Shape, computed: int, attended: int) -> int:
     """Peak memory that one row of a batch adds to a forward: scores and pattern, MLP, residual stream, logits.
 

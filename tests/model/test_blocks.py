@@ -28,7 +28,7 @@ def test_blocks_of_rows_change_nothing(family: str, way: str, n_prompts: int, mo
     cells = [Cell(prompt, cut) for cut in CUTS for prompt in range(n_prompts)]
 
     def measured() -> dict[int, tuple[torch.Tensor, int, int]]:
-        engine.cone = None
+        engine.cones.clear()
         return {
             i: (batch.ablated_AV[at], int(batch.fired_A[at]), int(batch.empty_A[at]))
             for batch in engine.ablations(ids_PT, cells)
@@ -38,7 +38,7 @@ def test_blocks_of_rows_change_nothing(family: str, way: str, n_prompts: int, mo
     whole = measured()
     blocks: list[slice] = []
     of_rows = attention.Tap.of_rows
-    monkeypatch.setattr(attention, "SCORES", model.n_heads * families.PROMPT)
+    monkeypatch.setattr(attention, "NUMBERS", {"cpu": model.n_heads * families.PROMPT})
     monkeypatch.setattr(
         attention.Tap, "of_rows", lambda tap, layer, rows: blocks.append(rows) or of_rows(tap, layer, rows)
     )

@@ -313,7 +313,7 @@ def test_clean_runs_of_many_prompts_are_cut_up_too(limit: int, way: Any, engine:
     cells = [Cell((i * 5) % 7, STEPS[i % len(STEPS)].interventions) for i in range(14)]
     request, run, cleaned = Request(ids_PT, cells, 0), its.model.run, list[int]()
     plenty = measure(its, request)
-    its.cone = None
+    its.cones.clear()
 
     def scarce(ids: torch.Tensor, n_rows: int | None = None, **given: Any) -> torch.Tensor:
         if n_rows is None and ids.shape[1] == PROMPT:
@@ -327,6 +327,34 @@ def test_clean_runs_of_many_prompts_are_cut_up_too(limit: int, way: Any, engine:
     same(measure(its, request), plenty)
     assert max(cleaned) == min(5, 7 // 2 + 1)
     assert sum(n for n in cleaned if n <= limit) == 7
+
+
+def test_clean_runs_serve_all_that_is_measured_of_their_prompts(engine: Callable[..., Engine], monkeypatch: Any):
+    """As units of several experiments come: prompt by prompt, and then once more."""
+    its, cleaned = engine(), list[int]()
+    run = its.model.run
+
+    def counted(ids: torch.Tensor, n_rows: int | None = None, **given: Any) -> torch.Tensor:
+        cleaned.extend([len(ids)] if n_rows is None and ids.shape[1] == PROMPT else [])
+        return run(ids, n_rows, **given)
+
+    its.model.run = counted  # type: ignore[method-assign]
+    prompts_3T = prompt(rows=3)
+    cells = [Cell(0, of.interventions) for of in STEPS]
+    for _ in range(2):
+        for ids_T in prompts_3T:
+            measure(its, Request(ids_T[None], cells, 0))
+    assert len(cleaned) == 3
+    # The least recently used goes when there is room for two beside the next.
+    monkeypatch.setattr("raymi.model.engine.KEPT_BYTES", 2 * its.cones[0].bytes)
+    for row in (0, 2, 1, 2):
+        measure(its, Request(prompts_3T[row][None], cells, 0))
+    assert len(cleaned) == 3
+    measure(its, Request(prompt(rows=4)[3:], cells, 0))
+    assert [int(cone.ids_PT[0, 0]) for cone in its.cones[:2]] == [int(prompts_3T[row, 0]) for row in (1, 2)]
+    # A clean run of later positions only does not serve earlier ones.
+    measure(its, Request(prompts_3T[1:2], [Cell(0, (Mask(0, None, ((0, 0),)),))], 0))
+    assert len(cleaned) == 5
 
 
 def test_a_clean_run_that_does_not_fit_alone(engine: Callable[..., Engine]):
@@ -361,12 +389,11 @@ def test_a_model_that_changed_since_its_clean_run_is_found_out(family: str, engi
     its, ids_PT = engine(family), prompt()
     cells = [Cell(0, of.interventions) for of in STEPS]
     list(its.ablations(ids_PT, cells))
-    assert its.cone is not None
     with torch.no_grad():
         drawn.module(its.model.model, family, 3, "attn.hook_z").get_parameter("weight")[0].zero_()
     with pytest.raises(NotClean, match=f"{family}: the clean row of a batch differs from the clean run by"):
         list(its.ablations(ids_PT, cells))
-    its.cone = None
+    its.cones.clear()
     assert list(its.ablations(ids_PT, cells))
 
 

@@ -66,7 +66,7 @@ def test_halving_gives_the_same_rows(way: Way, limit: int, engine: Callable[[Way
     ids_PT, its = prompt(rows=3), engine(way)
     plenty = by_engine(its, ids_PT, CELLS)
     its.limits.clear()
-    its.cone = None
+    its.cones.clear()
     # The clean run takes a row a prompt, and all three fit.
     scarce = Scarce(its.model, limit if way == "full" else max(3, limit), CPU)
     fewer = by_engine(its, ids_PT, CELLS)

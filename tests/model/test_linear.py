@@ -85,6 +85,21 @@ def test_what_does_not_suit_goes_the_usual_way(
         assert layer(x).equal(functional.linear(x, layer.weight, layer.bias))
 
 
+class Numbers(Tensor):
+    """As quantised weights are."""
+
+
+@pytest.mark.parametrize("bias", [torch.randn(10)[::2], Numbers(torch.randn(5))], ids=["a view", "of another class"])
+def test_a_bias_that_is_no_plain_row_of_numbers_goes_the_usual_way(
+    bias: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = nn.Linear(24, 5), torch.randn(50, 24)
+    layer.bias = nn.Parameter(bias)
+    assert not is_quick(layer, x, monkeypatch)
+    with linear.quick_products([layer]):
+        assert layer(x).equal(functional.linear(x, layer.weight, layer.bias))
+
+
 def test_a_weight_that_is_a_view_goes_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.Linear(24, 5)
     assert is_quick(layer, torch.randn(50, 24), monkeypatch)

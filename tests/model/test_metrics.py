@@ -118,6 +118,33 @@ def test_equal_logits_share_a_rank():
     assert clean_A.tolist() == [2, 0, 0, 3]
 
 
+def test_fewer_rows_at_a_time_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch):
+    random = torch.Generator().manual_seed(0)
+    clean_PV, ablated_AV = (torch.randn(n, 300, generator=random) for n in (1, 16))
+
+    def all_of_it() -> list[torch.Tensor]:
+        compared = Comparison(clean_PV, ablated_AV, torch.zeros(16, dtype=torch.int64))
+        found = compared.effects(5)
+        return [*found, *compared.ranks(torch.full((16,), 7)), compared.normaliser_A]
+
+    plenty, sizes = all_of_it(), list[int]()
+    mean = metrics._mean
+
+    def scarce(values_RV: torch.Tensor, weights_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sizes.append(len(values_RV))
+        if len(values_RV) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return mean(values_RV, weights_RV)
+
+    monkeypatch.setattr(metrics, "_mean", scarce)
+    for ours, wanted in zip(all_of_it(), plenty, strict=True):
+        torch.testing.assert_close(ours, wanted)
+    assert sizes == [16, 8, 4, *[2] * 8]
+    monkeypatch.setattr(metrics, "_mean", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA")))
+    with pytest.raises(torch.OutOfMemoryError):
+        all_of_it()
+
+
 def test_rows_meet_their_own_prompt_and_slices_change_nothing(monkeypatch: pytest.MonkeyPatch):
     clean = torch.cat([pair(0.0, 300, seed)[0] for seed in range(3)])
     ablated = torch.cat([pair(0.5, 300, seed)[1] for seed in range(7)])

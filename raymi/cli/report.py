@@ -74,6 +74,7 @@ def lines(report: "Report", width: int) -> Iterator[str]:
         yield from _baselines(report.models, width)
         yield "\nhow they were measured; and how far what was measured twice differs, in logits"
         yield from _proofs(report.models, width)
+        yield from _weak_proofs(report.models, width)
     if not report.failures.is_empty():
         yield "\nfailed:"
         yield from _failures(report.failures, width)
@@ -154,18 +155,30 @@ def _baselines(models: "pl.DataFrame", width: int) -> list[str]:
 
 
 def _proofs(models: "pl.DataFrame", width: int) -> list[str]:
-    header = ("model", "engine", "verified", "agreed", "largest difference")
+    header = ("model", "engine", "verified", "agreed", "off by", "noise to", "effects to")
     rows = [
         [
             model["model_id"],
             model["engine"] or "-",
             str(model["verified"] or "-"),
             "-" if model["agreed"] is None else str(model["agreed"]),
-            "-" if model["verified_error"] is None else f"{model['verified_error']:.1e}",
+            *(
+                "-" if model[name] is None else f"{model[name]:.1e}"
+                for name in ("verified_error", "verified_tolerance")
+            ),
+            number(model["verified_effect"]),
         ]
         for model in models.unique("model_id", maintain_order=True).iter_rows(named=True)
     ]
-    return table(header, rows, right=range(2, 5), width=width)
+    return table(header, rows, right=range(2, 7), width=width)
+
+
+def _weak_proofs(models: "pl.DataFrame", width: int) -> Iterator[str]:
+    """Says where a wrong number could pass for noise."""
+    weak = models.filter(models["verified_effect"] <= models["verified_tolerance"])
+    for model in weak["model_id"].unique(maintain_order=True):
+        said = f"{model}: no effect that was measured twice is larger than noise, so their agreement proves little"
+        yield fill(said, width or 10_000, initial_indent="  ", subsequent_indent="    ")
 
 
 def _failures(failures: "pl.DataFrame", width: int) -> Iterator[str]:

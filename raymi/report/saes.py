@@ -101,6 +101,10 @@ def densities(store: Store, run: Manifest) -> pl.DataFrame:
     return pl.DataFrame(records, schema={**_SAE_KINDS, "skipped": pl.String(), **steps})
 
 
+_SHOWN = 0.0005
+"""A smaller change of probability would be shown as none."""
+
+
 def injections(store: Store, run: Manifest) -> pl.DataFrame:
     """What each feature does when it is added, at each strength.
 
@@ -147,8 +151,8 @@ def injections(store: Store, run: Manifest) -> pl.DataFrame:
             .select(*by, "token_id", "token", "change")
         )
     )
-    raised = _named(moved.filter(pl.col("change") > 0).sort("change", "token_id", descending=[True, False]), by)
-    lowered = _named(moved.filter(pl.col("change") < 0).sort("change", "token_id"), by)
+    raised = _named(moved.filter(pl.col("change") >= _SHOWN).sort("change", "token_id", descending=[True, False]), by)
+    lowered = _named(moved.filter(pl.col("change") <= -_SHOWN).sort("change", "token_id"), by)
     table = table.join(raised.rename({"tokens": "raised"}), on=by, how="left")
     return table.join(lowered.rename({"tokens": "lowered"}), on=by, how="left").sort(by)
 

@@ -94,7 +94,8 @@ def per_model(store: Store, run: Manifest, failures: pl.DataFrame) -> pl.DataFra
         strongest_kl); and of the model, over all its experiments, also those with autoencoders: prompts (of which the
         next token was looked at), answer_prob (mean over prompts of the clean P(answer)), answer_top1 (share of the
         prompts where the answer comes first), engine (how it was measured: cone, layers, full), verified (what was
-        measured twice), agreed (of those), verified_error (largest difference, in logits), load_seconds, failures.
+        measured twice), agreed (of those), verified_error, verified_tolerance and verified_effect (the largest
+        difference, what would have been noise, and the largest effect, in logits), load_seconds, failures.
     """
     by = ["model_id", "experiment"]
 
@@ -146,6 +147,8 @@ def per_model(store: Store, run: Manifest, failures: pl.DataFrame) -> pl.DataFra
                 pl.len().cast(pl.Int64).alias("verified"),
                 pl.col("passed").sum().cast(pl.Int64).alias("agreed"),
                 pl.col("max_logit_diff").max().alias("verified_error"),
+                pl.col("tolerance").max().alias("verified_tolerance"),
+                pl.col("effect").max().alias("verified_effect"),
             )
         )
 
@@ -162,7 +165,8 @@ def per_model(store: Store, run: Manifest, failures: pl.DataFrame) -> pl.DataFra
         everyone = everyone.join(each, on="model_id", how="left")
     table = everyone.join(found, on="model_id", how="left").with_columns(pl.col("ablations", "failures").fill_null(0))
     of_model = ["prompts", "answer_prob", "answer_top1", "engine"]
-    of_replicas = ["verified", "agreed", "verified_error", "load_seconds", "failures"]
+    of_verified = ["verified", "agreed", "verified_error", "verified_tolerance", "verified_effect"]
+    of_replicas = [*of_verified, "load_seconds", "failures"]
     order = ["model_id", "experiment", "revision", "dtype", "device", *found.columns[2:], *of_model, *of_replicas]
     return table.select(order).sort("model_id", "experiment")
 

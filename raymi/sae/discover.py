@@ -67,6 +67,9 @@ def describe(
     """
     place = locate(where, cache_dir=cache_dir)
     form = recognise(place)
+    if form is None and Path(where).expanduser().is_file():  # Llama Scope has its weights in a folder of their own
+        place = Source(place.folder.parent)
+        form = recognise(place)
     if form is None:
         place = _only(place, str(where))
         form = recognise(place)

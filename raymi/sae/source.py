@@ -68,8 +68,7 @@ class Config:
 
     def part(self, key: str) -> "Config":
         """A nested object; empty where there is none."""
-        value = self.values.get(key)
-        return Config(self.file, cast(dict[str, Any], value) if isinstance(value, dict) else {})
+        return Config(self.file, self._typed(key, dict, "an object") or {})
 
     def text(self, key: str) -> str | None:
         return self._typed(key, str, "text")

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,32 @@ def test_report_shows_models_layers_and_failures_in_80_columns(folder: Path) -> 
     assert "L63 -6.3000" in text
     assert f"{LONG}: 2 units: NonFinite: NaN in layer 3" in text
     assert "org/broken: load: OSError: the header of model.safetensors" in text
+
+
+def test_verification_that_proves_little_says_so(tmp_path: Path) -> None:
+    store = raymi.store.open(str(tmp_path))
+    with take(store, RUN) as run:
+        for model, effect in (("org/plain", 0.5), ("org/half", 0.02)):
+            run.manifest.freeze_commits({model: "0" * 40})
+            run.add("models", slug(model), loaded(model))
+            run.add("ablations", slug(model), schemas.rows("ablations", [cell(f"{model}0", 0, 0, model=model)]))
+            twice = {
+                **{"ablation_id": "x", "model_id": model, "revision": "0" * 40, "prompt_id": "p", "engine": "cone"},
+                **{
+                    "max_logit_diff": 0.01,
+                    "effect": effect,
+                    "tolerance": 0.03,
+                    "passed": True,
+                    "measured_at": datetime.now(UTC),
+                },
+            }
+            run.add("verifications", slug(model), schemas.rows("verifications", [twice]))
+        run.close("done")
+    said = call("report", "--store", tmp_path).output
+    assert "off by  noise to  effects to" in said
+    assert "1.0e-02   3.0e-02      0.5000" in said
+    assert "org/half: no effect that was measured twice is larger than noise" in said
+    assert "org/plain: no effect" not in said
 
 
 def test_report_of_a_named_run_and_of_the_beginning_of_its_name(folder: Path) -> None:

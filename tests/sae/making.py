@@ -58,11 +58,12 @@ def saelens(folder: Path, activation: Activation = "relu", *, without: str = "",
     made = weights(activation)
     made.pop(without, None)
     save_file(made, folder / "sae_weights.safetensors")
+    given = config.pop("metadata", {})
     metadata = {"sae_lens_version": "6.54.12", "model_name": "tiny", "hook_name": "blocks.1.hook_resid_post"}
     cfg = {
         "architecture": {"relu": "standard"}.get(activation, activation), "d_in": D, "d_sae": F, "dtype": "float32",
         "apply_b_dec_to_input": True, **({"k": 5} if activation == "topk" else {}),
-        **config, "metadata": metadata | config.get("metadata", {}),
+        **config, "metadata": metadata | given if isinstance(given, dict) else given,
     }  # fmt: skip
     (folder / "cfg.json").write_text(json.dumps({key: value for key, value in cfg.items() if value is not None}))
     return folder

@@ -52,6 +52,19 @@ def test_every_autoencoder_in_the_cache_is_found(cache: Path) -> None:
     assert [sae.source for sae in scan("org/many:layer_0", cache_dir=cache)] == ["org/many:layer_0/wide"]
 
 
+def test_one_that_cannot_be_read_hides_no_other(cache: Path) -> None:
+    folder = repository(cache, "org/versions")
+    saelens(folder / "checkout", "relu", metadata={"sae_lens_version": "dev"})
+    saelens(folder / "good", "relu")
+    saelens(folder / "odd", "relu", metadata="x")
+    found = {sae.source: sae for sae in scan("org/versions", cache_dir=cache)}
+    good, checkout = (found[f"org/versions:{name}"].description for name in ("good", "checkout"))
+    assert good is not None
+    assert checkout is not None
+    assert (checkout.format, checkout.site) == ("saelens", good.site)
+    assert "metadata: expected an object" in (found["org/versions:odd"].reason or "")
+
+
 @pytest.mark.parametrize(
     ("where", "source"),
     [

@@ -107,6 +107,9 @@ MISTAKES: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
         lambda p: saelens(p, normalize_activations="expected_average_only_in"),
         ["average norm", "input_scale"],
     ),
+    "sizes that are not the tensors'": (lambda p: saelens(p, d_in=99), ["cfg.json", "d_in is 99", "6, as the tensors"]),
+    "k of zero": (lambda p: saelens(p, "topk", k=0), ["cfg.json", "k is 0"]),
+    "metadata that is no object": (lambda p: saelens(p, metadata="x"), ["metadata: expected an object", "'x'"]),
     "unknown reshaping": (lambda p: saelens(p, reshape_activations="hook_q"), ["reshape_activations is 'hook_q'"]),
     "old activation": (
         lambda p: saelens(p, activation_fn_str="tanh-relu", metadata={"sae_lens_version": "5.0.0"}),
@@ -141,6 +144,16 @@ MISTAKES: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "gemma scope 2, without its skip": (
         lambda p: gemma_scope_2(p, affine_connection=True),
         ["'affine_skip_connection' is missing"],
+    ),
+    "gemma scope 2, another layer": (
+        lambda p: gemma_scope_2(p / "resid_post" / "layer_9_w", hf_hook_point_in="model.layers.5.output"),
+        ["'model.layers.5.output'", "contradicts its folder", "layer_9_w"],
+    ),
+    "gemma scope 2, another place": (
+        lambda p: gemma_scope_2(
+            p / "resid_post" / "layer_5_w", hf_hook_point_in="model.layers.5.post_feedforward_layernorm.output"
+        ),
+        ["post_feedforward_layernorm", "contradicts its folder"],
     ),
     "cross-layer transcoder": (lambda p: gemma_scope_2(p / "clt" / "layer_3"), ["clt is not supported"]),
     "nothing there": (lambda p: p, ["no SAE in a format that raymi knows"]),

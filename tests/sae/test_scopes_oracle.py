@@ -128,6 +128,44 @@ def test_gemma_scope_2(path: str, with_config: bool, tmp_path: Path, monkeypatch
     close(ours.reconstruct(x), theirs(x))
 
 
+@pytest.mark.parametrize(
+    ("parents", "hook", "site"),
+    [
+        ("clt_exp/layer_3", "model.layers.5.self_attn.o_proj.input", "blocks.5.attn.hook_z"),
+        ("attn_out_tries", "model.layers.5.output", "blocks.5.hook_resid_post"),
+        ("x", "model.language_model.layers.7.post_feedforward_layernorm.output", "blocks.7.hook_mlp_out"),
+        ("x", None, None),
+    ],
+)
+def test_a_copy_of_gemma_scope_2_says_itself_where_it_belongs(
+    parents: str, hook: str | None, site: str | None, tmp_path: Path
+) -> None:
+    folder = tmp_path / parents / "copies" / "mine"
+    folder.mkdir(parents=True)
+    save_file(
+        {name.lower(): torch.from_numpy(array) for name, array in params().items()}, folder / "params.safetensors"
+    )
+    config = {"architecture": "jump_relu", "hf_hook_point_in": hook} if hook else {"architecture": "jump_relu"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load(folder).about.site == site
+
+
+def test_a_gemma_scope_folders_parents_do_not_say_which_layer(tmp_path: Path) -> None:
+    folder = tmp_path / "embedding" / "layer_0_old" / "gemma-scope-2b-pt-res" / "layer_12" / "width_16k"
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", **params())
+    about = load(folder).about
+    assert (about.site, about.model_id) == ("blocks.12.hook_resid_post", "google/gemma-2-2b")
+
+
+def test_a_llama_scope_is_found_by_its_file(tmp_path: Path) -> None:
+    folder = tmp_path / "Llama3_1-8B-Base-L8R-8x"
+    folder.mkdir()
+    llama_scope(folder, out=6.3125)
+    for where in (folder, folder / "checkpoints" / "final.safetensors", folder / "hyperparams.json"):
+        assert load(where).about.site == "blocks.8.hook_resid_post"
+
+
 @torch.no_grad()
 def test_llama_scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repo, path = "fnlp/Llama3_1-8B-Base-LXR-8x", "Llama3_1-8B-Base-L8R-8x"

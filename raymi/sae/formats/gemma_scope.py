@@ -18,19 +18,21 @@ def _describe(source: Source, file: Path) -> Description:
     stored = {name: next((there for there in found if there.lower() == name.lower()), name) for name in _NAMES}
     encoder = member(file, found, stored["W_enc"])
     decoder = member(file, found, stored["W_dec"])
-    repo, layer = _REPO.search(source.place), re.search(r"layer_(\d+)", source.place)
+    repo = _REPO.search(source.place)
+    # Behind the repository's name: a local folder's parents may be called anything.
+    layers = re.findall(r"layer_(\d+)", source.place[repo.end() :]) if repo else []
     jumps = stored["threshold"] in found
     tensors = {name: Stored(stored[name]) for name in (_NAMES if jumps else _NAMES[:-1])}
     site = site_out = None
     notes: tuple[str, ...] = ()
-    if repo and repo["kind"] == "res" and "embedding" in source.place:
+    if repo and repo["kind"] == "res" and "embedding" in source.place[repo.end() :]:
         site = "hook_embed"
         # They were trained on embeddings before Gemma multiplies them by the root of its width.
         root = encoder.shape[0] ** 0.5
         tensors |= {"W_enc": Stored(stored["W_enc"], factor=1 / root), "W_dec": Stored(stored["W_dec"], factor=root)}
-    elif repo and layer:
-        site = f"blocks.{layer[1]}.{_SITES[repo['kind']]}"
-        site_out = f"blocks.{layer[1]}.hook_mlp_out" if repo["kind"] == "transcoders" else None
+    elif repo and layers:
+        site = f"blocks.{layers[-1]}.{_SITES[repo['kind']]}"
+        site_out = f"blocks.{layers[-1]}.hook_mlp_out" if repo["kind"] == "transcoders" else None
     else:
         notes = ("the path does not say what it was trained on: give `site` to use it",)
     return Description(

@@ -9,6 +9,7 @@ from raymi.sae.files import members
 from raymi.sae.formats.base import Format, has, member, named
 from raymi.sae.source import Config, Source
 
+_REPO = re.compile(r"gemma-scope-2-[^/]*/?")
 _SITES = {
     "resid_post": "hook_resid_post",
     "attn_out": "attn.hook_z",  # the input of o_proj, whatever the folder says
@@ -17,18 +18,27 @@ _SITES = {
 }
 
 
+_HOOKS = {
+    "output": "resid_post",
+    "self_attn.o_proj.input": "attn_out",
+    "post_feedforward_layernorm.output": "mlp_out",
+    "pre_feedforward_layernorm.output": "transcoder",
+}
+"""Below a layer, as the configs write them."""
+
+
 def _describe(source: Source, file: Path) -> Description:
-    place = source.place
+    place, own = source.place, _own(source.place)
     config_file = source.folder / "config.json"
     config = Config.read(config_file) if config_file.is_file() else Config(config_file, {})
-    for part in place.split("/"):
+    for part in own.split("/"):
         if part.startswith(("clt", "crosscoder")):
             raise UserError(f"{file}: a {part.split('_')[0]} is not supported: it spans several layers")
     if config.text("architecture") not in (None, "jump_relu"):
         raise config.refuse("architecture", "'jump_relu'")
     found = members(file)
     encoder, decoder = member(file, found, "w_enc"), member(file, found, "w_dec")
-    layer, kind = re.search(r"layer_(\d+)", place), next((kind for kind in _SITES if kind in place), None)
+    layer, kind = _where(config, own)
     transcoder = kind == "transcoder" or config.text("hf_hook_point_out") not in (None, config.text("hf_hook_point_in"))
     skip = config.flag("affine_connection", default=False) or "affine_skip_connection" in found
     tensors = named(W_enc="w_enc", W_dec="w_dec", b_enc="b_enc", b_dec="b_dec", threshold="threshold")
@@ -45,14 +55,37 @@ def _describe(source: Source, file: Path) -> Description:
         dtype=encoder.dtype,
         tensors=tensors,
         model_id=_model(place, config.text("model_name")),
-        site=f"blocks.{layer[1]}.{_SITES[kind]}" if layer and kind else None,
-        site_out=f"blocks.{layer[1]}.hook_mlp_out" if layer and transcoder else None,
+        site=f"blocks.{layer}.{_SITES[kind]}" if layer is not None and kind else None,
+        site_out=f"blocks.{layer}.hook_mlp_out" if layer is not None and transcoder else None,
         heads_joined=kind == "attn_out",
         context_size=1024,
         prepend_bos=True,
         source=str(source),
         revision=source.revision,
     )
+
+
+def _own(place: str) -> str:
+    """What of a path can be about the autoencoder: behind the repository's name, or the last two folders."""
+    repo = _REPO.search(place)
+    return place[repo.end() :] if repo else "/".join(place.split("/")[-2:])
+
+
+def _where(config: Config, own: str) -> tuple[int | None, str | None]:
+    """Layer and kind, as the config says, else the path; they must not contradict each other."""
+    layers = re.findall(r"layer_(\d+)", own)
+    of_path = int(layers[-1]) if layers else None, next((kind for kind in _SITES if kind in own), None)
+    hook = re.search(r"layers\.(\d+)\.(.+)", config.text("hf_hook_point_in") or "")
+    stated = (int(hook[1]), _HOOKS.get(hook[2])) if hook else (None, None)
+    for said, found in zip(stated, of_path, strict=True):
+        if None not in (said, found) and said != found:
+            raise UserError(
+                f"{config.file}: hf_hook_point_in is {config.text('hf_hook_point_in')!r}, "
+                f"which contradicts its folder {own!r}",
+                hint="Put the files where they belong, or correct the config.",
+            )
+    layer, kind = (found if said is None else said for said, found in zip(stated, of_path, strict=True))
+    return layer, kind  # pyright: ignore[reportReturnType]
 
 
 def _model(place: str, stated: str | None) -> str | None:

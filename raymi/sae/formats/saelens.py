@@ -1,5 +1,6 @@
 """SAELens: `cfg.json` and `sae_weights.safetensors`, before version 6 (a flat config) and from it on."""
 
+import re
 from pathlib import Path
 from typing import cast, get_args
 
@@ -43,6 +44,9 @@ def _describe(source: Source, file: Path) -> Description:
     if joined not in (None, "none", "hook_z"):
         raise config.refuse("reshape_activations", "'none' and 'hook_z'")
     transcoder = "transcoder" in architecture
+    for name, size in {"d_in": encoder.shape[0], "d_sae": encoder.shape[1], "d_out": decoder.shape[1]}.items():
+        if config.integer(name) not in (None, size):
+            raise config.refuse(name, f"{size}, as the tensors of {file.name} have it")
     return Description(
         format="saelens<6" if old else "saelens",
         file=file,
@@ -71,8 +75,11 @@ def _describe(source: Source, file: Path) -> Description:
 
 
 def _before_6(config: Config) -> bool:
-    version = config.values.get("sae_lens_version") or config.part("metadata").values.get("sae_lens_version")
-    return not version or int(str(version).split(".")[0]) < 6
+    metadata = config.part("metadata")
+    version = config.values.get("sae_lens_version") or metadata.values.get("sae_lens_version")
+    number = re.match(r"\d+", str(version)) if version else None
+    # What is installed from a checkout may have a version of any form; the nested part came with version 6.
+    return int(number[0]) < 6 if number else not (version and metadata.values)
 
 
 def _architecture(config: Config, *, old: bool) -> tuple[str, Activation]:
@@ -95,7 +102,8 @@ def _architecture(config: Config, *, old: bool) -> tuple[str, Activation]:
 
 def _k(config: Config) -> int | None:
     """Before version 6 it is an argument of the activation function."""
-    return config.integer("k") or config.part("activation_fn_kwargs").integer("k")
+    k = config.integer("k")
+    return config.part("activation_fn_kwargs").integer("k") if k is None else k
 
 
 def _normalisation(config: Config) -> Normalisation:

@@ -43,9 +43,16 @@ print(peak_ram(), estimate(job, model, cut, prompts, rehearsal.measure()).peak_b
 """
 
 
+SMOL = "SmolLM2-135M-Instruct-Q4_1"
+
+
 @pytest.mark.parametrize(
     ("name", "job"),
-    [("SmolLM2-135M-Instruct-Q4_1", "demo"), ("SmolLM2-135M-Instruct-Q4_1", "long"), ("glassllm-en", "demo")],
+    [
+        ("glassllm-en", "demo"),
+        pytest.param(SMOL, "demo", marks=pytest.mark.slow),
+        pytest.param(SMOL, "long", marks=pytest.mark.slow),
+    ],
 )
 def test_peak_memory_is_within_a_quarter_of_the_estimate(
     name: str, job: str, demo_models: object, demo_cache: Path

@@ -108,7 +108,7 @@ def test_a_second_run_does_nothing_and_is_quick(tmp_path: Path) -> None:
         command, capture_output=True, text=True, env=os.environ | {"PIP_INDEX_URL": "http://127.0.0.1:9"}, check=True
     )
     assert told.stdout.splitlines() == [
-        f"nothing to do for 4 demo models and 1 autoencoder: they are in {tmp_path / 'hub'}",
+        f"4 demo models and 1 autoencoder: nothing to do, they are in {tmp_path / 'hub'}",
         "[]",
     ]
 

@@ -89,9 +89,9 @@ def _check_row(row: dict, of: TokenizedPrompt, ablation: Ablation, plain: nn.Mod
         assert row[name] == (next(iter(values)) if len(values) == 1 else None), name
 
     # What it did.
-    assert row["kl"] == pytest.approx(oracles.kl(clean_V, ablated_V), rel=1e-3, abs=1e-9)
+    assert row["kl"] == pytest.approx(oracles.kl(clean_V, ablated_V), rel=3e-3)
     assert row["kl"] > 1e-7
-    assert row["total_variation"] == pytest.approx(oracles.total_variation(clean_V, ablated_V), rel=1e-3)
+    assert row["total_variation"] == pytest.approx(oracles.total_variation(clean_V, ablated_V), rel=3e-3)
     assert (row["top1_clean"], row["top1_ablated"]) == (int(clean_V.argmax()), int(ablated_V.argmax()))
     p, q = oracles.probabilities(clean_V), oracles.probabilities(ablated_V)
     changes = oracles.top_changes(clean_V, ablated_V, 4)

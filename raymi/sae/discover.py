@@ -67,8 +67,8 @@ def describe(
     """
     place = locate(where, cache_dir=cache_dir)
     form = recognise(place)
-    if form is None and Path(where).expanduser().is_file():  # Llama Scope has its weights in a folder of their own
-        place = Source(place.folder.parent)
+    if form is None and str(where).endswith(".safetensors"):  # Llama Scope has its weights in a folder of their own
+        place = place.above
         form = recognise(place)
     if form is None:
         place = _only(place, str(where))

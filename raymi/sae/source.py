@@ -41,6 +41,11 @@ class Source:
     def has(self, name: str) -> bool:
         return (self.folder / name).is_file()
 
+    @property
+    def above(self) -> "Source":
+        """The folder that this one is in."""
+        return Source(self.folder.parent, self.repo, self.revision, self.path.rpartition("/")[0])
+
     def below(self, path: str) -> "Source":
         """A folder below this one."""
         joined = "/".join(part for part in (self.path, path) if part and part != ".")

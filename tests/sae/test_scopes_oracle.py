@@ -164,6 +164,10 @@ def test_a_llama_scope_is_found_by_its_file(tmp_path: Path) -> None:
     llama_scope(folder, out=6.3125)
     for where in (folder, folder / "checkpoints" / "final.safetensors", folder / "hyperparams.json"):
         assert load(where).about.site == "blocks.8.hook_resid_post"
+    repo, path = "fnlp/Llama3_1-8B-Base-LXR-8x", "Llama3_1-8B-Base-L8R-8x"
+    llama_scope(cached(tmp_path, repo, path), out=6.3125)
+    about = load(f"{repo}:{path}/checkpoints/final.safetensors", cache_dir=tmp_path).about
+    assert (about.site, about.source) == ("blocks.8.hook_resid_post", f"{repo}:{path}")
 
 
 @torch.no_grad()

@@ -57,7 +57,8 @@ class SiteEdits:
         return tuple(range(self.n_heads)) if edit.heads is None else edit.heads
 
     def _apply(self, x: Tensor, edits: list[tuple[int, Edit]]) -> None:
-        index = self._places(edits).to(x.device)
+        places = self._places(edits)
+        index = places.to(x.device)
         where = tuple(index.unbind(1))
         new = torch.cat([self._shift(edit, len(self._heads(edit)) if self.by_head else 1, x) for _, edit in edits])
         # A factor of 0 must make even an infinity vanish; and what is only replaced need not be read.
@@ -68,7 +69,9 @@ class SiteEdits:
             new += torch.where(factor_E1 == 0, torch.zeros_like(factor_E1), x[where] * factor_E1)
         x[where] = new
         assert self.tap.fired_B is not None
-        self.tap.fired_B.index_add_(0, index[:, 0], torch.ones_like(index[:, 0]))
+        # Counted where the prompt is, which on several devices need not be where the layer is.
+        row_E = (index if index.device == self.tap.fired_B.device else places)[:, 0].to(self.tap.fired_B.device)
+        self.tap.fired_B.index_add_(0, row_E, torch.ones_like(row_E))
 
     def _places(self, edits: list[tuple[int, Edit]]) -> Tensor:
         """(row, position) or, at z, (row, position, head) of every entry, in the order of the edits."""

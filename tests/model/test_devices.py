@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from raymi.model.attention import Cut, cuts
+from raymi.model.attention import Cut, Tap, cuts
+from raymi.model.editing import SiteEdits
 from raymi.model.engine import Engine, measure_capability
 from raymi.model.full import Full
 from raymi.model.hooked import Cell, HookedModel
-from raymi.model.interventions import Mask, add
+from raymi.model.interventions import Mask, add, scale
 from tests import families
 
 CELLS = [
@@ -66,3 +67,25 @@ def test_what_is_cut_goes_where_a_layer_is() -> None:
     assert here.to(torch.device("cpu")) is here
     there = here.to(torch.device("meta"))
     assert all(getattr(there, name).device.type == "meta" for name in Cut.__slots__)
+
+
+def test_edits_of_a_layer_elsewhere_are_counted_where_the_prompt_is() -> None:
+    """On `meta` nothing is computed, and nothing comes back from there: counts must not need to."""
+    tap = Tap()
+    tap.begin(2, torch.device("cpu"))
+    edits = SiteEdits(tap, n_heads=4, by_head=False, start=0, n_positions=3)
+    edits.append(1, scale(0, "hook_resid_pre", (2,), 0.5))
+    edits.append(1, add(0, "hook_resid_pre", (1,), torch.ones(8)))
+    assert edits.apply(torch.zeros(2, 3, 8, device="meta")).device.type == "meta"
+    assert tap.fired_B is not None
+    assert tap.fired_B.tolist() == [0, 2]
+
+
+def test_cuts_of_a_layer_elsewhere_are_counted_where_the_prompt_is() -> None:
+    tap = Tap()
+    tap.begin(2, torch.device("cpu"))
+    cut = cuts(torch.tensor([[0, 1, 2, 3, 1], [0, 1, 2, 3, 0]]).T, 2, torch.device("cpu"))[0]
+    tap.count(cut, torch.tensor([True]))
+    assert tap.fired_B is not None
+    assert tap.empty_B is not None
+    assert (tap.fired_B.tolist(), tap.empty_B.tolist()) == ([0, 2], [0, 1])

@@ -5,7 +5,9 @@ nothing before position q. One clean run keeps each layer's input and every key 
 layers >= l and positions >= q, attending to the clean keys and values of the positions before.
 
 Ablations with the same q go through the layers in one sweep, a staircase: each row joins the batch at its own layer,
-with the clean input of that layer. Row 0 is a clean prompt itself, and must come out as the clean run did.
+with the clean input of that layer. The first rows are clean prompts themselves, and must come out as the clean run did;
+the others start from theirs and are compared with them, so that rounding (and the routing of near-ties to experts),
+which differ from one shape of a batch to another, are no effects.
 
 The rest of a model's forward is its own: a stand-in for its cache tells it how many positions went before, so that it
 builds its masks, positions and rotary embeddings itself. Where a layer keeps a state that such a prefix cannot stand in
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from raymi.model.attention import Prefix
-from raymi.model.full import Batch
+from raymi.model.full import Batch, Way
 from raymi.model.hooked import Cell, HookedModel, NotFinite
 from raymi.model.linear import quick_products
 from raymi.model.passing import EnoughError, passing_on, returned_beside, standing_in, unembed, with_hidden
@@ -54,6 +56,7 @@ class Cone:
         self.first = first_query if prefix else 0
         self.inputs: list[Tensor] = []
         """Layer -> its clean input, [P, T - first, D]."""
+        self.weights = model.weights_now()
         self.beside: list[int | None] = []
         """Layer -> how many things it returns beside its hidden states; None where it returns no tuple."""
         self.states: dict[int, tuple[Tensor, Tensor]] = {}
@@ -77,12 +80,20 @@ class Cone:
     @property
     def bytes(self) -> int:
         """Memory of what is kept. Keys and values may be views of more, which goes with them."""
-        return sum(each.nbytes for each in (*self.inputs, *(s for pair in self.states.values() for s in pair)))
+        states = (each for pair in self.states.values() for each in pair)
+        return sum(each.nbytes for each in (*self.inputs, *states, self.clean_PV))
 
-    def serves(self, ids_PT: Tensor, first_query: int, *, prefix: bool) -> bool:
-        """Whether this clean run is of these prompts and keeps what a query from `first_query` on needs."""
-        same = self.prefix == prefix and self.ids_PT.shape == ids_PT.shape
-        return same and self.first <= first_query and torch.equal(self.ids_PT, ids_PT.to(self.ids_PT.device))
+    def places(self, ids_PT: Tensor, first_query: int, *, prefix: bool) -> list[int] | None:
+        """Which prompts of this clean run these are, if it has them all and keeps what such a query needs.
+
+        None also when a weight has changed since.
+        """
+        if self.prefix != prefix or self.first > first_query or self.ids_PT.shape[1] != ids_PT.shape[1]:
+            return None
+        place = {tuple(ids): row for row, ids in enumerate(self.ids_PT.tolist())}
+        found = [place.get(tuple(ids)) for ids in ids_PT.tolist()]
+        same = self.weights == self.model.weights_now()
+        return [row for row in found if row is not None] if same and None not in found else None
 
     def _note(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         self.beside.append(returned_beside(output))
@@ -96,7 +107,22 @@ class Cone:
 
     def rows(self, cells: Sequence[Cell]) -> int:
         """Rows that a sweep of these cells has."""
-        return len(cells) + 1
+        return len(cells) + len(self._clean_prompts(cells))
+
+    @property
+    def way(self) -> Way:
+        """What this is called."""
+        return "cone" if self.prefix else "layers"
+
+    def _clean_prompts(self, cells: Sequence[Cell]) -> list[int]:
+        """The prompts that have a clean row in a sweep, ascending.
+
+        All of them, unless that would make it much longer: in float32 two shapes of a batch differ by so little that
+        one is enough of a proof, and the clean run of any shape will do to compare with.
+        """
+        prompts = sorted({cell.prompt for cell in cells})
+        few = len(prompts) == 1 or 4 * len(prompts) <= len(cells)
+        return prompts if few or self.model.dtype.itemsize < 4 else [cells[0].prompt]
 
     def measure(self, cells: Sequence[Cell], indices: Sequence[int]) -> Iterator[Batch]:
         """One sweep over cells of one group.
@@ -105,53 +131,73 @@ class Cone:
             As many ablations as are unembedded at a time.
 
         Raises:
-            NotClean: when row 0 is not the clean prompt's.
+            NotClean: when a clean row is not the clean prompt's.
             NotFinite: when a logit is NaN or infinite.
         """
         rows = [cells[i] for i in indices]
-        start = rows[0].first_query if self.prefix else 0
-        hidden_BD, returned, fired_B, empty_B = self._sweep(rows, start)
-        processor = "cpu" if self.model.device.type == "cpu" else "gpu"
-        most = max(2, UNEMBEDDED[processor] // self.model.vocab_size)
-        step = -(-len(hidden_BD) // -(-len(hidden_BD) // most))  # slices of equal length: a short one is slow
-        clean_error, proof_1V = 0.0, self.clean_PV[:1]
-        for begin in range(0, len(hidden_BD), step):
-            logits_AV = self._unembed(hidden_BD[begin : begin + step], returned)
-            if begin == 0:
-                proof_1V, logits_AV, begin = logits_AV[:1], logits_AV[1:], 1
-                clean_error = self._prove(proof_1V[0], rows[0].prompt)
-            taken = slice(begin, begin + len(logits_AV))
-            part = rows[begin - 1 : taken.stop - 1]
+        clean = self._clean_prompts(rows)
+        hidden_BD, returned, fired_B, empty_B = self._sweep(rows, clean)
+        proofs: list[Tensor] = []
+        clean_error, n_clean = 0.0, len(clean)
+        for begin, end in self._slices(len(hidden_BD)):
+            logits_NV = self._unembed(hidden_BD[begin:end], returned)
+            if begin < n_clean:
+                proofs.append(logits_NV[: n_clean - begin])
+            if end <= n_clean:
+                continue
+            if begin <= n_clean:
+                clean_error = self._prove(torch.cat(proofs), clean)
+            first = max(begin, n_clean)
+            part = rows[first - n_clean : end - n_clean]
+            logits_AV = logits_NV[first - begin :]
             self._refuse_not_finite(logits_AV, part)
-            prompts = sorted({cell.prompt for cell in part})
-            place = {prompt: row for row, prompt in enumerate(prompts)}
+            clean_PV, prompt_A = self._reference(part, clean, proofs)
             yield Batch(
-                indices[begin - 1 : taken.stop - 1],
-                # Of one prompt, the clean row of this very batch: experts may route near-ties by a batch's shape.
-                proof_1V if len(self.ids_PT) == 1 else self.clean_PV[prompts],
+                indices[first - n_clean : end - n_clean],
+                clean_PV,
                 logits_AV,
-                torch.tensor([place[cell.prompt] for cell in part], device=self.model.device),
-                fired_B[taken],
-                empty_B[taken],
+                prompt_A,
+                fired_B[first:end],
+                empty_B[first:end],
                 clean_error,
+                self.way,
             )
 
-    def _prove(self, proof_V: Tensor, prompt: int) -> float:
-        off = float((proof_V - self.clean_PV[prompt]).abs().max())
+    def _slices(self, n_rows: int) -> Iterator[tuple[int, int]]:
+        """Rows that are unembedded at a time; slices of equal length, for a short one is slow."""
+        processor = "cpu" if self.model.device.type == "cpu" else "gpu"
+        most = max(2, UNEMBEDDED[processor] // self.model.vocab_size)
+        step = -(-n_rows // -(-n_rows // most))
+        return ((begin, min(begin + step, n_rows)) for begin in range(0, n_rows, step))
+
+    def _reference(self, part: Sequence[Cell], clean: Sequence[int], proofs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Clean logits that cells are compared with, [P, V], and which of them each is, [A]: rows of this very batch,
+        where it has one of each prompt.
+        """
+        prompts = sorted({cell.prompt for cell in part})
+        own = set(prompts) <= set(clean)
+        place = {prompt: row for row, prompt in enumerate(clean if own else prompts)}
+        prompt_A = torch.tensor([place[cell.prompt] for cell in part], device=self.model.device)
+        return (torch.cat(list(proofs)) if own else self.clean_PV[prompts]), prompt_A
+
+    def _prove(self, proof_CV: Tensor, clean: Sequence[int]) -> float:
+        off = float((proof_CV - self.clean_PV[list(clean)]).abs().max())
         if not off <= self.tolerance:
             raise NotClean(
-                f"{self.model.name}: the clean row of a batch differs from the clean run by {off:.2e} in its logits, "
+                f"{self.model.name}: a clean row of a batch differs from the clean run by {off:.2e} in its logits, "
                 f"where {self.tolerance:.1e} would be noise"
             )
         return off
 
-    def _sweep(self, rows: Sequence[Cell], start: int) -> tuple[Tensor, Any, Tensor, Tensor]:
-        """Last hidden states behind the last layer, [B, D], row 0 clean; what the backbone returned; firings; empty."""
-        model = self.model
-        prompt_B = torch.tensor([rows[0].prompt, *(cell.prompt for cell in rows)], device=model.device)
-        prefix = Prefix(start, self.states, None if len(self.ids_PT) == 1 else prompt_B) if self.prefix else None
+    def _sweep(self, rows: Sequence[Cell], clean: Sequence[int]) -> tuple[Tensor, Any, Tensor, Tensor]:
+        """Last hidden states behind the last layer, [B, D], clean ones first; what the backbone returned; firings;
+        empty lines.
+        """
+        model, start = self.model, rows[0].first_query if self.prefix else 0
+        prompts = [*clean, *(cell.prompt for cell in rows)]
+        prefix = self._prefix(start, prompts) if self.prefix else None
         seen = {"past_key_values": _Seen(start, model.n_layers), "use_cache": True} if self.prefix else {}
-        interventions = [(), *(cell.interventions for cell in rows)]
+        interventions = [*[()] * len(clean), *(cell.interventions for cell in rows)]
         n_positions = self.ids_PT.shape[1] - start
         kept: list[Any] = []
 
@@ -164,8 +210,11 @@ class Cone:
             for block, beside in zip(model.blocks[:lowest], self.beside, strict=False):
                 stack.enter_context(standing_in(block.module, passing_on(beside)))
             # Rows join before anything is changed at the same layer: hooks run in the order of their registration.
-            for layer, (begin, end) in _steps(rows).items():
-                join = _Join(self.inputs[layer][:, start - self.first :], prompt_B[begin:end], begin == 0)
+            row_of = {prompt: row for row, prompt in enumerate(clean)}
+            for layer, (begin, end) in _steps(rows, len(clean)).items():
+                first, joining = layer == lowest, prompts[begin:end]
+                places = None if first or not row_of.keys() >= set(joining) else [row_of[p] for p in joining]
+                join = _Join(self.inputs[layer][:, start - self.first :], joining, places, first=first)
                 handle = model.blocks[layer].module.register_forward_pre_hook(join, with_kwargs=True)
                 stack.callback(handle.remove)
             stack.callback(model.backbone.register_forward_hook(keep).remove)
@@ -175,6 +224,12 @@ class Cone:
             fired_B, empty_B = check()
         hidden_BD, returned = kept
         return hidden_BD, returned, fired_B, empty_B
+
+    def _prefix(self, length: int, prompts: Sequence[int]) -> Prefix:
+        if len(set(prompts)) > 1:
+            return Prefix(length, self.states, torch.tensor(prompts, device=self.model.device))
+        one = slice(prompts[0], prompts[0] + 1)
+        return Prefix(length, {layer: (keys[one], values[one]) for layer, (keys, values) in self.states.items()}, None)
 
     def _unembed(self, hidden_AD: Tensor, returned: Any) -> Tensor:
         """Logits of hidden states, [A, V] float32, by whatever the model does behind its last layer."""
@@ -219,23 +274,30 @@ class _Seen(Cache):
 
 
 class _Join:
-    """Lets rows join the batch in front of a layer, with that layer's clean input."""
+    """Lets rows join the batch in front of a layer, with that layer's clean input.
 
-    def __init__(self, input_PSD: Tensor, prompt_B: Tensor, first: bool) -> None:
-        self.input_PSD, self.prompt_B, self.first = input_PSD, prompt_B, first
+    Args:
+        input_PSD: the clean run's input of the layer.
+        prompts: of the rows that join.
+        rows: of the batch, where those prompts stand clean: what is there is what joins; None to take the clean run's.
+        first: whether these are the first rows of all.
+    """
+
+    def __init__(self, input_PSD: Tensor, prompts: list[int], rows: list[int] | None, *, first: bool) -> None:
+        self.input_PSD, self.prompts, self.rows, self.first = input_PSD, prompts, rows, first
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        one = len(self.input_PSD) == 1
-        prompt_B = self.prompt_B.to(self.input_PSD.device)
-        new_BSD = self.input_PSD.expand(len(prompt_B), -1, -1) if one else self.input_PSD[prompt_B]
-        x_BSD = new_BSD.clone() if self.first else torch.cat([hidden_input(args, kwargs), new_BSD])
-        return with_hidden(x_BSD, args, kwargs)
+        x_BSD = hidden_input(args, kwargs)
+        source, rows = (self.input_PSD, self.prompts) if self.rows is None else (x_BSD, self.rows)
+        one = len(set(rows)) == 1
+        new_NSD = source[rows[0] : rows[0] + 1].expand(len(rows), -1, -1) if one else source[rows]
+        return with_hidden(new_NSD.clone() if self.first else torch.cat([x_BSD, new_NSD]), args, kwargs)
 
 
-def _steps(rows: Sequence[Cell]) -> dict[int, tuple[int, int]]:
-    """Layer -> the rows of the batch that join there, row 0 (the clean one) at the lowest."""
-    steps: dict[int, tuple[int, int]] = {rows[0].first_layer: (0, 1)}
-    for row, cell in enumerate(rows, start=1):
+def _steps(rows: Sequence[Cell], n_clean: int) -> dict[int, tuple[int, int]]:
+    """Layer -> the rows of the batch that join there, the clean ones at the lowest."""
+    steps: dict[int, tuple[int, int]] = {rows[0].first_layer: (0, n_clean)}
+    for row, cell in enumerate(rows, start=n_clean):
         begin, _ = steps.get(cell.first_layer, (row, row))
         steps[cell.first_layer] = begin, row + 1
     return steps

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,11 @@ from torch import Tensor, nn
 from raymi.model import memory
 from raymi.model.attention import UnsupportedAttention
 from raymi.model.cone import Cone, NotClean
-from raymi.model.full import Batch, Full
+from raymi.model.full import Batch, Full, Way
 from raymi.model.hooked import Cell, HookedModel, NotFinite, NotFired
 from raymi.model.interventions import Mask, scale
 from raymi.model.sites import NoSuchPlace, hidden_input
-from raymi.model.sizes import KEPT_BYTES, pays_together, rows_per_batch
-
-Way = Literal["cone", "layers", "full"]
-"""`cone` leaves out layers below and positions before, `layers` only the layers, `full` nothing."""
+from raymi.model.sizes import KEPT_BYTES, kept_bytes, pays_together, prompts_kept, rows_per_batch
 
 
 class OutOfMemory(RuntimeError):
@@ -62,6 +59,8 @@ class Engine:
     """(way, positions computed, positions attended to) -> rows at a time; halved when memory runs out."""
     cones: list[Cone] = field(default_factory=list[Cone])
     """The last ones, the newest at the end: a clean run serves all units of its prompts, of all experiments."""
+    gave_up: list[str] = field(default_factory=list[str])
+    """Why ablations that should have been measured by the way went through full forwards, one entry a batch."""
     baselines: dict[tuple[str, int | None], Tensor] = field(default_factory=dict[tuple[str, int | None], Tensor])
     """(site, head or all of them) -> what is unembedded when the site is zero everywhere, [1, D]: where nothing of the
     text is left then, it is measured once."""
@@ -78,26 +77,38 @@ class Engine:
 
         Raises:
             OutOfMemory: when a single ablation does not fit.
-            NotFinite, NotFired, NotClean: rather than a wrong number.
+            NotFinite: when a full forward gives that, too.
+            NotFired: rather than a wrong number.
         """
         most = self._prompts_at_once(ids_PT, len(cells))
-        method = self._method(ids_PT, cells) if len(ids_PT) <= most else None
-        if method is None:
+        found = self._method(ids_PT, cells) if len(ids_PT) <= most else None
+        if found is None:
             yield from self._in_parts(ids_PT, cells, min(most, (len(ids_PT) + 1) // 2))
             return
+        method, cells = found
         for group in method.groups(cells):
-            start = 0
-            while start < len(group):
-                key = self._key(ids_PT, cells[group[start]])
-                chosen = _as_many_as_fit(method, cells, group[start:], self._limit(key))
-                try:
-                    for batch in method.measure(cells, chosen):
-                        start += len(batch.cells)
-                        yield batch
-                except Exception as error:
-                    if not memory.is_out_of_memory(error):
-                        raise
+            yield from self._group(method, cells, group)
+
+    def _group(self, method: Cone | Full, cells: Sequence[Cell], group: list[int]) -> Iterator[Batch]:
+        """Cells that may share a batch, as many at a time as fit; by full forwards where the cone turns out not to be
+        exact, or the family's code not to bear it.
+        """
+        while group:
+            key = self._key(method, cells[group[0]])
+            chosen, done = _as_many_as_fit(method, cells, group, self._limit(key)), 0
+            try:
+                for batch in method.measure(cells, chosen):
+                    done += len(batch.cells)
+                    yield batch
+            except Exception as error:
+                if memory.is_out_of_memory(error):
                     self._halve(key, len(chosen), error)
+                elif isinstance(method, Full) or isinstance(error, NotFired):
+                    raise  # what does not fire is a mistake of raymi's
+                else:
+                    self.gave_up.append(str(error))
+                    method = Full(self.model, method.ids_PT)
+            group = group[done:]
 
     def _prompts_at_once(self, ids_PT: Tensor, n_cells: int) -> int:
         (n_prompts, n_tokens), together = ids_PT.shape, self.capability.together
@@ -105,7 +116,8 @@ class Engine:
             return n_prompts
         if not together or not pays_together(self.model.shape, n_prompts, n_cells, n_tokens):
             return 1
-        return self._limit((self.way, n_tokens, n_tokens))  # their clean run is one batch
+        free = memory.available(self.model.device)
+        return min(self._limit((self.way, n_tokens, n_tokens)), prompts_kept(self.model.shape, n_tokens, free))
 
     def _in_parts(self, ids_PT: Tensor, cells: Sequence[Cell], most: int) -> Iterator[Batch]:
         for begin in range(0, len(ids_PT), most):
@@ -114,44 +126,63 @@ class Engine:
             for batch in self.ablations(ids_PT[begin : begin + most], part) if part else ():
                 yield batch._replace(cells=[indices[i] for i in batch.cells])
 
-    def _method(self, ids_PT: Tensor, cells: Sequence[Cell]) -> Cone | Full | None:
-        """None when the prompts' clean run does not fit into memory, and there is more than one of them."""
+    def _method(self, ids_PT: Tensor, cells: Sequence[Cell]) -> tuple[Cone | Full, Sequence[Cell]] | None:
+        """How to measure, and the cells as they are called there: a clean run may be of more prompts than these.
+
+        None when the prompts' clean run does not fit into memory, and there is more than one of them.
+        """
         if self.way == "full":
-            return Full(self.model, ids_PT)
-        first, prefix = min(cell.first_query for cell in cells), self.way == "cone"
-        served = next((cone for cone in self.cones if cone.serves(ids_PT, first, prefix=prefix)), None)
-        if served is not None:
-            self.cones.remove(served)
-            self.cones.append(served)
-            return served
+            return Full(self.model, ids_PT), cells
+        first = min(cell.first_query for cell in cells)
+        for cone in self.cones:
+            place = cone.places(ids_PT, first, prefix=self.way == "cone")
+            if place is not None:
+                self.cones.remove(cone)
+                self.cones.append(cone)
+                return cone, [Cell(place[cell.prompt], cell.interventions) for cell in cells]
+        try:
+            made = self._clean_run(ids_PT, first)
+        except (NoSuchPlace, NotFinite) as error:
+            self.gave_up.append(str(error))
+            return Full(self.model, ids_PT), cells
+        return None if made is None else (made, cells)
+
+    def _clean_run(self, ids_PT: Tensor, first: int) -> Cone | None:
+        """A new clean run; None when it does not fit and there is more than one prompt."""
+        (n_prompts, n_tokens), shape = ids_PT.shape, self.model.shape
+        if kept_bytes(shape, n_prompts, n_tokens) <= KEPT_BYTES // 4:
+            first = 0  # then it will serve every query to come
         while sum(cone.bytes for cone in self.cones) > KEPT_BYTES:
             del self.cones[0]
-        try:
-            self.cones.append(Cone(self.model, ids_PT, first, prefix=prefix, tolerance=self.capability.tolerance))
-        except Exception as error:
-            if not memory.is_out_of_memory(error):
-                raise
-            if self.cones:  # their memory goes first
-                self.cones.clear()
-                return self._method(ids_PT, cells)
-            n_prompts, n_tokens = ids_PT.shape
-            self._limit((self.way, n_tokens, n_tokens))
-            self._halve((self.way, n_tokens, n_tokens), n_prompts, error)
-            return None
-        return self.cones[-1]
+        while True:
+            try:
+                made = Cone(self.model, ids_PT, first, prefix=self.way == "cone", tolerance=self.capability.tolerance)
+                self.cones.append(made)
+                return made
+            except Exception as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                if not self.cones:
+                    key = self.way, n_tokens, n_tokens
+                    self._limit(key)
+                    self._halve(key, n_prompts, error)
+                    return None
+            # The others' memory goes first; not within the except clause, for the error holds what the failed run made.
+            self.cones.clear()
+            self._empty_cache()
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
-    def _key(self, ids_PT: Tensor, cell: Cell) -> tuple[Way, int, int]:
-        n_tokens = ids_PT.shape[1]
-        return self.way, n_tokens - (cell.first_query if self.way == "cone" else 0), n_tokens
+    def _key(self, method: Cone | Full, cell: Cell) -> tuple[Way, int, int]:
+        n_tokens = method.ids_PT.shape[1]
+        return method.way, n_tokens - (cell.first_query if method.way == "cone" else 0), n_tokens
 
     def _limit(self, key: tuple[Way, int, int]) -> int:
         if key not in self.limits:
-            _, computed, attended = key
-            free = memory.available(self.model.device)
+            way, computed, attended = key
+            free, device = memory.available(self.model.device), self.model.device.type
             # A clean row always comes along.
-            rows = rows_per_batch(self.model.shape, computed, attended, self.model.device.type, free)
+            rows = rows_per_batch(self.model.shape, computed, attended, device, free, sliced=way != "full")
             self.limits[key] = max(2, rows)
         return self.limits[key]
 
@@ -162,6 +193,9 @@ class Engine:
             ) from error
         self.limits[key] = max(2, min(self.limits[key], n_cells + 1) // 2)
         del self.cones[:-1]  # the last one is in use
+        self._empty_cache()
+
+    def _empty_cache(self) -> None:
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -191,12 +225,13 @@ def measure_capability(model: HookedModel, n_tokens: int) -> Capability:
     ids_PT = model.probe_ids(n_tokens, 2)
     cells = _trial(model, n_tokens)
     free = memory.available(model.device)
-    rows = max(4, rows_per_batch(model.shape, n_tokens, n_tokens, model.device.type, free))
+    rows = max(2, rows_per_batch(model.shape, n_tokens, n_tokens, model.device.type, free, sliced=False))
     with _its_own_code(model):
         full = _logits(Full(model, ids_PT), cells, rows)
-        company, rounding = _company(model, ids_PT), _rounding(model, ids_PT)
+        company, rounding = _company(model, ids_PT, min(4, rows)), _rounding(model, ids_PT, min(3, rows))
         own_AV = torch.cat(
-            [_by_own_attention(model, ids_PT, cells[at : at + rows]) for at in range(0, len(cells), rows)]
+            # One row at a time: the family's own attention takes an edited mask, as large as its scores, for every row.
+            [_by_own_attention(model, ids_PT, [cell]) for cell in cells]
         )
     largest = float(own_AV.abs().max())
     fine = model.dtype in (torch.float32, torch.float64)
@@ -245,7 +280,8 @@ def _its_own_code(model: HookedModel) -> Iterator[None]:
 def _trial(model: HookedModel, n_tokens: int) -> list[Cell]:
     """Cuts in the lowest and the highest layer with attention, at the end and in the middle, on two prompts.
 
-    Where the residual stream can be changed, it is, below all layers: those without attention may keep a state.
+    Where the residual stream can be changed, it is, below all layers (those without attention may keep a state) and
+    below the highest.
     """
     last, middle = n_tokens - 1, n_tokens // 2
     lowest, highest = model.attention_layers[0], model.attention_layers[-1]
@@ -254,18 +290,19 @@ def _trial(model: HookedModel, n_tokens: int) -> list[Cell]:
         (Mask(highest, None, ((last, last),)),),
         (Mask(lowest, (0,), ((middle, middle),)), Mask(highest, (0,), ((last, middle),))),
     ]
-    changes = [(scale(0, "hook_resid_pre", (middle,), 0.5),)] if model.blocks[0].resid is not None else []
+    changed = [layer for layer in (0, highest) if model.blocks[layer].resid is not None]
+    changes = [(scale(layer, "hook_resid_pre", (middle,), 0.5),) for layer in changed]
     return [Cell(prompt, of_row) for prompt in (0, 1) for of_row in (*masks, *changes)]
 
 
-def _company(model: HookedModel, ids_PT: Tensor) -> float:
+def _company(model: HookedModel, ids_PT: Tensor, rows: int) -> float:
     """How much the logits of a prompt differ between a forward alone and one within a batch."""
     alone = model.forward(ids_PT[:1]).logits_BV[0]
-    within = model.forward(ids_PT[[1, 0, 1, 1]]).logits_BV[1]
+    within = model.forward(ids_PT[[1, 0, 1, 1][:rows]]).logits_BV[1]
     return float((alone - within).abs().max())
 
 
-def _rounding(model: HookedModel, ids_PT: Tensor) -> float:
+def _rounding(model: HookedModel, ids_PT: Tensor, rows: int) -> float:
     """How much the logits of a prompt differ when the last digit of every layer's input does.
 
     Any other order of the same arithmetic rounds otherwise. In half precision that is by far the most of the noise, and
@@ -279,11 +316,12 @@ def _rounding(model: HookedModel, ids_PT: Tensor) -> float:
         shaken = (x.double() * factor.to(x.device)).to(x.dtype)
         return ((shaken, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": shaken})
 
-    still = model.forward(ids_PT[[0, 0, 0]]).logits_BV
+    same_BT = ids_PT[:1].expand(rows, -1)
+    still = model.forward(same_BT).logits_BV
     with ExitStack() as stack:
         for block in model.blocks:
             stack.callback(block.module.register_forward_pre_hook(shake, with_kwargs=True).remove)
-        return float((model.forward(ids_PT[[0, 0, 0]]).logits_BV - still).abs().max())
+        return float((model.forward(same_BT).logits_BV - still).abs().max())
 
 
 def _by_own_attention(model: HookedModel, ids_PT: Tensor, cells: Sequence[Cell]) -> Tensor:

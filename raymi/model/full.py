@@ -1,13 +1,16 @@
 """The slow way: every ablation by a full forward, as a row of a batch. Nothing is reused, so it serves any model."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from raymi.model.hooked import Cell, HookedModel
 from raymi.model.interventions import Intervention
+
+Way = Literal["cone", "layers", "full"]
+"""`cone` leaves out layers below and positions before, `layers` only the layers, `full` nothing."""
 
 
 class Batch(NamedTuple):
@@ -23,11 +26,15 @@ class Batch(NamedTuple):
     fired_A: Tensor
     empty_A: Tensor
     clean_error: float
-    """Largest logit difference of the batch's clean row from the clean run; 0 where they are the same."""
+    """Largest logit difference of the batch's clean rows from the clean run; 0 where they are the same."""
+    way: Way
+    """How they were measured."""
 
 
 class Full:
     """Ablations of some prompts of equal length; each batch carries the clean rows that it is compared with."""
+
+    way: Way = "full"
 
     def __init__(self, model: HookedModel, ids_PT: Tensor) -> None:
         self.model, self.ids_PT = model, ids_PT
@@ -50,4 +57,5 @@ class Full:
         out = self.model.forward(self.ids_PT[rows], [*nothing, *(cell.interventions for cell in of_batch)])
         prompt_A = torch.tensor([place[cell.prompt] for cell in of_batch], device=self.model.device)
         n = len(prompts)
-        yield Batch(indices, out.logits_BV[:n], out.logits_BV[n:], prompt_A, out.fired_B[n:], out.empty_B[n:], 0.0)
+        clean_PV, ablated_AV = out.logits_BV[:n], out.logits_BV[n:]
+        yield Batch(indices, clean_PV, ablated_AV, prompt_A, out.fired_B[n:], out.empty_B[n:], 0.0, self.way)

@@ -91,7 +91,11 @@ class HookedModel:
         self.dtype: torch.dtype = model.dtype
         self.weight_bytes: int = sum(p.numel() * p.element_size() for p in model.parameters())
         inner = _first_int(text, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * self.hidden_size
-        self.shape = Shape(self.n_heads, self.hidden_size, inner, self.vocab_size, self.dtype.itemsize)
+        width = _first_int(text, "head_dim") or self.hidden_size // self.n_heads
+        keys = (_first_int(text, "num_key_value_heads") or self.n_heads) * width
+        self.shape = Shape(
+            self.n_heads, self.hidden_size, inner, self.vocab_size, self.dtype.itemsize, self.n_layers, keys
+        )
         self.tap = Tap()
         self.linears = linear_layers(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -141,6 +145,12 @@ class HookedModel:
     def attention_layers(self) -> list[int]:
         """The layers that have attention, ascending; others are recurrent, convolutional or linear."""
         return [layer for layer, block in enumerate(self.blocks) if block.attention is not None]
+
+    def weights_now(self) -> tuple[tuple[int, int], ...]:
+        """What is another as soon as a weight has been changed in place, or another tensor put in its place."""
+        # A tensor that was made in inference mode counts no changes.
+        weights = self.model.parameters()
+        return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
 
     # -- forwards ----------------------------------------------------------------------------------------------------
 

@@ -69,7 +69,7 @@ def mix_positions(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def test_a_state_that_no_cache_shows_is_found(layer: int):
     found = measure_capability(tampered("llama", layer, mix_positions), PROMPT)
     assert found.way == "layers"
-    assert "cone: llama: the clean row of a batch differs" in found.why
+    assert "cone: llama: a clean row of a batch differs" in found.why
 
 
 @pytest.mark.parametrize("attention", [(3,), (3, 4, 5)])

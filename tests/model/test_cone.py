@@ -4,6 +4,7 @@ float32 to the tolerance that follows from measured noise (`Capability.tolerance
 1e-10.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -38,7 +39,7 @@ BELOW_ONLY = {
     **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2"), _STATE),
     **dict.fromkeys(("nemotron_h", "olmo_hybrid", "qwen3_next"), _STATE),
     "minimax": "uses cache of its own",
-    "recurrent_gemma": "the clean row of a batch differs from the clean run",
+    "recurrent_gemma": "a clean row of a batch differs from the clean run",
 }
 """Families where only the layers below are left out, and a part of the reason."""
 NOT_AT_ALL = {
@@ -352,9 +353,80 @@ def test_clean_runs_serve_all_that_is_measured_of_their_prompts(engine: Callable
     assert len(cleaned) == 3
     measure(its, Request(prompt(rows=4)[3:], cells, 0))
     assert [int(cone.ids_PT[0, 0]) for cone in its.cones[:2]] == [int(prompts_3T[row, 0]) for row in (1, 2)]
-    # A clean run of later positions only does not serve earlier ones.
+    # A short one is of all positions, and so serves a query that comes before those that it was made for.
     measure(its, Request(prompts_3T[1:2], [Cell(0, (Mask(0, None, ((0, 0),)),))], 0))
+    assert len(cleaned) == 4
+    # One of several prompts serves each by itself, in any order.
+    measure(its, Request(prompt(rows=7)[4:], STEPS, 0))
     assert len(cleaned) == 5
+    for rows in ([6], [5, 4]):
+        request = Request(
+            prompt(rows=7)[rows], [Cell(i % len(rows), of.interventions) for i, of in enumerate(STEPS)], 0
+        )
+        ours = measure(its, request)
+        assert len(cleaned) == 5
+        same(ours, measure(Engine(its.model, its.capability, "full"), request))
+        del cleaned[5:]
+
+
+def test_a_long_clean_run_keeps_what_is_asked_for(engine: Callable[..., Engine], monkeypatch: Any):
+    its = engine()
+    monkeypatch.setattr("raymi.model.engine.KEPT_BYTES", 0)
+    late, early = (Request(prompt(), [Cell(0, (Mask(2, None, ((query, 0),)),))], 0) for query in (LAST, 6))
+    for request, first in ((late, LAST), (early, 6), (late, 6)):
+        same(measure(its, request), measure(Engine(its.model, its.capability, "full"), request))
+        assert its.cones[-1].first == first
+
+
+def test_what_a_failed_clean_run_made_is_gone_before_the_next(engine: Callable[..., Engine]):
+    """The memory that ran out is not held while it is tried again."""
+    its, made = engine(), list[weakref.ref[Any]]()
+    measure(its, Request(prompt(seed=5), [Cell(0, STEPS[0].interventions)], 0))
+    run, alive = its.model.run, list[int]()
+
+    def scarce(ids: torch.Tensor, n_rows: int | None = None, **given: Any) -> torch.Tensor:
+        alive.append(sum(each() is not None for each in made))
+        if not made:
+            tensor = torch.zeros(3)
+            made.append(weakref.ref(tensor))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(ids, n_rows, **given)
+
+    its.model.run = scarce  # type: ignore[method-assign]
+    measure(its, Request(prompt(), [Cell(0, STEPS[0].interventions)], 0))
+    assert alive[:2] == [0, 0]
+    assert len(its.cones) == 1
+
+
+# ---- what rows start from and are compared with ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("prompts", [1, 4])
+def test_in_half_precision_nothing_done_is_no_effect(prompts: int, family: str):
+    """Rows start from clean rows of their own batch: other shapes of a batch round, and route near-ties, otherwise."""
+    model = HookedModel(build(family).to(torch.bfloat16), family)
+    found = measure_capability(model, PROMPT)
+    engine = Engine(model, found, "cone")
+    for seed in range(5):
+        nothing = [
+            Cell(p, (scale(layer, "hook_resid_pre", (LAST,), 1.0),)) for p in range(prompts) for layer in (1, 0, 3, 2)
+        ]
+        for batch in engine.ablations(prompt(rows=prompts, seed=seed), nothing):
+            assert batch.way in ("cone", "full")
+            assert torch.equal(batch.ablated_AV, batch.clean_PV[batch.prompt_A])
+
+
+def test_few_ablations_of_many_prompts_have_one_clean_row(engine: Callable[..., Engine]):
+    """In float32, where that is proof enough; but one each where they are many, or few prompts."""
+    its, rows = engine(), list[int]()
+    run = its.model.run
+    its.model.run = lambda ids, n_rows=None, **given: rows.append(n_rows or 0) or run(ids, n_rows, **given)  # type: ignore[method-assign]
+    cut = (Mask(2, None, ((LAST, 0),)),)
+    for each, expected in ((1, 4), (4, 15)):
+        list(its.ablations(prompt(rows=3), [Cell(p, cut) for p in range(3) for _ in range(each)]))
+        assert max(rows) == expected
+        rows.clear()
 
 
 def test_a_clean_run_that_does_not_fit_alone(engine: Callable[..., Engine]):
@@ -385,16 +457,43 @@ def test_counts_are_those_of_each_row(engine: Callable[..., Engine]):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mpt"])
-def test_a_model_that_changed_since_its_clean_run_is_found_out(family: str, engine: Callable[..., Engine]):
+@pytest.mark.parametrize("layer", [0, 3])
+def test_a_weight_that_changed_since_the_clean_run(layer: int, family: str, engine: Callable[..., Engine]):
+    """Below the layer of the cells, too, where no clean row would show it."""
     its, ids_PT = engine(family), prompt()
-    cells = [Cell(0, of.interventions) for of in STEPS]
-    list(its.ablations(ids_PT, cells))
+    request = Request(ids_PT, [Cell(0, of.interventions) for of in STEPS if of.first_layer == 3], 0)
+    before = measure(its, request)
     with torch.no_grad():
-        drawn.module(its.model.model, family, 3, "attn.hook_z").get_parameter("weight")[0].zero_()
-    with pytest.raises(NotClean, match=f"{family}: the clean row of a batch differs from the clean run by"):
-        list(its.ablations(ids_PT, cells))
-    its.cones.clear()
-    assert list(its.ablations(ids_PT, cells))
+        drawn.module(its.model.model, family, layer, "attn.hook_z").get_parameter("weight")[0].zero_()
+    after = measure(its, request)
+    assert (after.ablated_AV - before.ablated_AV).abs().max() > EFFECT
+    same(after, measure(Engine(its.model, its.capability, "full"), request))
+    assert not its.gave_up
+
+
+def fails(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("the family's code does not bear it")
+
+
+@pytest.mark.parametrize("why", ["not clean", "fails"])
+@pytest.mark.parametrize("way", ["cone", "layers"])
+def test_what_the_cone_cannot_serve_takes_full_forwards_and_says_so(
+    way: Any, why: str, engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+):
+    its, request = engine(), Request(prompt(rows=3), STEPS, 0)
+    its.way = way
+    plenty = measure(its, request)
+    if why == "fails":
+        monkeypatch.setattr(cone.Cone, "_unembed", fails)
+    else:
+        its.cones[-1].clean_PV += 1
+    batches = list(its.ablations(request.ids_PT, request.cells))
+    assert {batch.way for batch in batches} == {"full"}
+    assert its.gave_up
+    assert all(
+        ("a clean row of a batch differs" if why == "not clean" else "does not bear it") in e for e in its.gave_up
+    )
+    same(measure(its, request), plenty)
 
 
 def test_a_clean_row_that_is_not_a_number_is_not_clean(engine: Callable[..., Engine]):

@@ -4,7 +4,9 @@ import pytest
 
 from raymi.model.sizes import Shape, pays_together
 
-SMOL = Shape(n_heads=9, hidden_size=576, intermediate_size=1536, vocab_size=49152, itemsize=4)
+SMOL = Shape(
+    n_heads=9, hidden_size=576, intermediate_size=1536, vocab_size=49152, itemsize=4, n_layers=30, key_width=192
+)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def run(
                 **answers(compared, [prompt for prompt, _ in rows]),
                 "fired": batch.fired_A.tolist(),
                 "empty_rows": batch.empty_A.tolist(),
-                "engine": [engine.way] * len(rows),
+                "engine": [batch.way] * len(rows),
                 "clean_error": [batch.clean_error] * len(rows),
             }
             tables.append(pa.table(columns, schema=SCHEMA))

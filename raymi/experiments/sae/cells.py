@@ -249,7 +249,7 @@ def _row_columns(task: Task, changes: Sequence[Change], batch: Batch) -> Columns
         **effects(compared, task.top_k),
         **answers(compared, [change.prompt for change in changes]),
         "fired": batch.fired_A.tolist(),
-        "engine": [task.engine.way] * len(changes),
+        "engine": [batch.way] * len(changes),
         "clean_error": [batch.clean_error] * len(changes),
     }
 

@@ -110,7 +110,7 @@ def _of_change(task: Task, change: Change) -> _Opinions:
     ids_1T, cell = ids_of([change.prompt]), Cell(0, (change.edit,))
     [batch] = task.engine.ablations(ids_1T, [cell])
     full = task.engine.model.forward(ids_1T.expand(2, -1), [(), cell.interventions], own_attention=True).logits_BV
-    return _Opinions(name(task.model_id, change), batch.ablated_AV[0], full[1], full[0], task.engine.way)
+    return _Opinions(name(task.model_id, change), batch.ablated_AV[0], full[1], full[0], batch.way)
 
 
 # -- an autoencoder spliced in -----------------------------------------------------------------------------------------

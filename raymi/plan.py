@@ -11,7 +11,7 @@ from typing import TypeGuard, TypeVar
 
 from raymi.catalog import CachedModel
 from raymi.errors import UserError
-from raymi.experiments.knockout.spec import Ablation, KnockoutSpec, ablations, check
+from raymi.experiments.knockout.spec import Ablation, Company, KnockoutSpec, ablations, check
 from raymi.experiments.sae.spec import Injection, SaeRef, SaeSpec
 from raymi.experiments.sae.spec import work as sae_work
 from raymi.job import Job, Spec
@@ -21,7 +21,10 @@ from raymi.model.sizes import (
     POSITIONS_PER_BATCH,
     UNEMBEDDED,
     Shape,
+    kept_bytes,
     pays_together,
+    prompts_kept,
+    reference_bytes,
     row_bytes,
     rows_per_batch,
 )
@@ -390,6 +393,40 @@ def drawn(
     return found
 
 
+COMPANY_FORWARDS = 4
+"""Full forwards that may be spent on the company of an ablation that is verified."""
+
+
+def company(
+    job: Job,
+    spec: KnockoutSpec,
+    model: CachedModel,
+    prompts: Sequence[TokenizedPrompt],
+    prompt: TokenizedPrompt,
+    ablation: Ablation,
+) -> Company:
+    """What an ablation is measured among when it is verified, as in a unit: in a batch other mistakes are possible.
+
+    Args:
+        job: the job.
+        spec: the experiment that it is of.
+        model: the model.
+        prompts: as the model reads them.
+        prompt: one of them.
+        ablation: one that the experiment makes of it.
+    """
+    cost = Cost.of(model, len(prompt.token_ids))
+    alike = [p for p in prompts if len(p.token_ids) == cost.n_tokens and job.chooses(spec, p.prompt.id)]
+    first = alike.index(prompt)
+    rule = CutRule(unit_flops=COMPANY_FORWARDS * cost.full)
+    work = ((p, _work(spec, p, model, ())) for p in (*alike[first:], *alike[:first]))
+    for block in _blocks(work, rule, _Price(spec, cost, full=False)):
+        found = [(p, tuple(each for each in part if isinstance(each, Ablation))) for p, part in block]
+        if any(p is prompt and ablation in part for p, part in found):
+            return found
+    raise ValueError(f"{spec.name!r} does not measure {ablation} of prompt {prompt.prompt.id!r}")
+
+
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -442,7 +479,8 @@ def estimate(
     """
     size, n_layers = _BYTES[job.dtype], model.n_layers or 1
     hidden, vocabulary = model.hidden_size or 0, model.vocab_size or 0
-    shape = Shape(model.n_heads or 1, hidden, model.intermediate_size or 4 * hidden, vocabulary, size)
+    inner = model.intermediate_size or 4 * hidden
+    shape = Shape(model.n_heads or 1, hidden, inner, vocabulary, size, n_layers, _key_width(model))
     weights = (model.parameters or model.size_on_disk // 2) * size
     full = job.engine == "full"
     specs = {spec.name: spec for spec in job.experiments}
@@ -450,14 +488,15 @@ def estimate(
     for unit in units:
         spec = specs[unit.experiment]
         for n_rows, computed, attended in _batches(spec, unit, prompts, full=full):
-            most = rows_per_batch(shape, computed, attended, rates.device, rates.free_bytes)
+            most = rows_per_batch(shape, computed, attended, rates.device, rates.free_bytes, sliced=not full)
             forwards += -(-n_rows // most) + (not _reads_texts(spec))  # the clean run, which other rows stand beside
-            widest = max(widest, min(n_rows, most) * row_bytes(shape, computed, attended))
+            widest = max(widest, min(n_rows, most) * row_bytes(shape, computed, attended, sliced=not full))
     longest = max((len(prompt.token_ids) for prompt in prompts.values()), default=1)
-    kept = 0 if full else _kept_bytes(units, prompts, shape, n_layers * size * (hidden + 2 * _key_width(model)), rates)
+    kept = 0 if full else _kept_bytes(units, prompts, shape, rates)
     processor = "cpu" if rates.device == "cpu" else "gpu"
     logits = min(UNEMBEDDED[processor], max((unit.n_ablations for unit in units), default=0) * vocabulary) * 4
-    work = kept + max(widest, row_bytes(shape, longest, longest)) + 2 * logits + 6 * 4 * METRIC_SLICE[processor]
+    largest = max(widest, reference_bytes(shape, longest) if job.verify else 0)
+    work = kept + largest + (0 if full else 2 * logits) + 6 * 4 * METRIC_SLICE[processor]
     autoencoders = _sae_bytes(units, hidden)
     # While it loads, a process on the CPU also holds the file that the weights are converted from.
     source = model.size_on_disk if rates.device == "cpu" else 0
@@ -470,10 +509,8 @@ def estimate(
     return Estimate(seconds, rates.process_bytes + weights + max(source, work + autoencoders), forwards)
 
 
-def _kept_bytes(
-    units: Sequence[Unit], prompts: Mapping[str, TokenizedPrompt], shape: Shape, of_position: int, rates: Rates
-) -> int:
-    """Memory of clean runs: layer inputs, keys and values of the largest, and of others as long as there is room."""
+def _kept_bytes(units: Sequence[Unit], prompts: Mapping[str, TokenizedPrompt], shape: Shape, rates: Rates) -> int:
+    """Memory of clean runs: of the largest, and of others as long as there is room."""
     largest, seen = 0, dict[tuple[str, ...], int]()
     for unit in units:
         ids = tuple(prompt_id for prompt_id, _ in unit.items)
@@ -481,8 +518,9 @@ def _kept_bytes(
         at_once = 1
         if len(ids) > 1 and pays_together(shape, len(ids), unit.n_ablations, n_tokens):
             at_once = min(len(ids), POSITIONS_PER_BATCH[rates.device] // n_tokens)
-        largest = max(largest, at_once * n_tokens * of_position)
-        seen[ids] = len(ids) * n_tokens * of_position
+            at_once = min(at_once, prompts_kept(shape, n_tokens, rates.free_bytes))
+        largest = max(largest, kept_bytes(shape, at_once, n_tokens))
+        seen[ids] = kept_bytes(shape, len(ids), n_tokens)
     return max(largest, min(KEPT_BYTES + largest, sum(seen.values())))
 
 

@@ -22,6 +22,7 @@ from raymi.plan import (
     Rates,
     Rejected,
     Unit,
+    company,
     drawn,
     estimate,
     full_forward_flops,
@@ -387,6 +388,24 @@ def test_verified_ablations_are_drawn_by_seed_from_what_is_measured() -> None:
     again = job({"layers": "all", "heads": {"each": "all"}}, verify=5, seed=1)
     assert found != [(p.prompt.id, a) for _, p, a in drawn(again, model(), texts)]
     assert drawn(job({"layers": "all"}, verify=0), model(), texts) == []
+
+
+def test_what_is_verified_is_measured_in_the_company_of_its_unit() -> None:
+    one = job({"layers": "all", "heads": {"each": "all"}}, verify=5)
+    spec, shape = one.experiments[0], model()
+    texts = [prompt("a"), prompt("b", start=3), prompt("longer", size=9), prompt("c", start=1)]
+    its = ablations(spec, texts[1], 30, 9)
+    found = company(one, spec, shape, texts, texts[1], its[40])
+    assert its[40] in {p.prompt.id: part for p, part in found}["b"]
+    assert 16 < sum(len(part) for _, part in found) <= 512
+    assert "longer" not in [p.prompt.id for p, _ in found]
+    # Others of its length make up for a prompt that has but few.
+    few = job({"layers": 3})
+    spec = few.experiments[0]
+    together = company(few, spec, shape, texts, texts[1], ablations(spec, texts[1], 30, 9)[0])
+    assert [p.prompt.id for p, _ in together] == ["b", "c", "a"]
+    with pytest.raises(ValueError, match="does not measure"):
+        company(few, spec, shape, texts, texts[1], its[40])
 
 
 # Autoencoders.

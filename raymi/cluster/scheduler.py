@@ -266,6 +266,8 @@ class Scheduler:
     def _on_broken(self, replica: _Replica, failure: Failed) -> None:
         model = replica.model
         stage = "plan" if replica.phase == "tokenising" else "load"
+        if failure.tables:
+            self._outbox.append(Rows(model.key, None, failure.tables))
         self._release(replica)
         if failure.oom and not model.roomy:
             model.roomy = True

@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -16,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from raymi.catalog import CachedModel
 from raymi.cluster.tokenised import to_rows
 from raymi.errors import UserError
-from raymi.experiments.knockout.spec import Ablation, KnockoutSpec
+from raymi.experiments.knockout.spec import Ablation, Company, KnockoutSpec
 from raymi.experiments.sae.resolve import Record, check_unchanged, refs, resolve
 from raymi.experiments.sae.spec import SaeRef, SaeSpec
 from raymi.job import Job
-from raymi.plan import Unit, drawn
+from raymi.plan import Unit, company, drawn
 from raymi.prompts import Prompt, TokenizedPrompt, tokenize
 from raymi.store import schemas
 from raymi.store.secret import scrub
@@ -58,10 +59,17 @@ class Failed:
     traceback: str = ""
     oom: bool = False
     """The device had too little memory for even one row."""
+    tables: "Mapping[str, pa.Table]" = field(default_factory=dict[str, Any])
+    """Rows that say more, by table of the store."""
 
 
 class Mismatch(Exception):
     """Ablations that were measured twice do not agree."""
+
+    def __init__(self, message: str, records: list[dict[str, Any]]) -> None:
+        super().__init__(message)
+        self.records = records
+        """Of table `verifications`."""
 
 
 def failure(error: Exception, unit_id: str | None = None) -> Failed:
@@ -69,7 +77,8 @@ def failure(error: Exception, unit_id: str | None = None) -> Failed:
     expected = isinstance(error, UserError)
     trace = "" if expected else "".join(traceback.format_exception(error))
     oom = not expected and _is_out_of_memory(error)
-    return Failed(unit_id, type(error).__name__, scrub(str(error)), scrub(trace)[-_TRACEBACK:], oom)
+    tables = {"verifications": schemas.rows("verifications", error.records)} if isinstance(error, Mismatch) else {}
+    return Failed(unit_id, type(error).__name__, scrub(str(error)), scrub(trace)[-_TRACEBACK:], oom, tables)
 
 
 @dataclass(slots=True)
@@ -204,26 +213,25 @@ class Worker:
         return loaded
 
     def _verify(self, engine: "Engine") -> list[dict[str, Any]]:
-        """Measures a little twice before any row is made; raises Mismatch, or turns to full forwards."""
+        """Measures a little twice before any row is made; raises Mismatch, or turns to full forwards, verified too."""
         records = self._measure_twice(engine)
-        failed = [record for record in records if not record["passed"]]
-        if failed and (self.job.on_mismatch == "fail" or engine.way == "full"):
-            worst = max(record["max_logit_diff"] for record in failed)
-            raise Mismatch(
-                f"{self.model.id}: {len(failed)} of {len(records)} verified ablations differ from full forwards, by up "
-                f"to {worst:.1e} in the logits where {failed[0]['tolerance']:.1e} would be noise"
-            )
-        if failed:
+        if self.job.on_mismatch == "full" and engine.way != "full" and not all(each["passed"] for each in records):
             engine.way = "full"
+            again = self._measure_twice(engine)
+            _refuse_mismatch(self.model.id, again, records)
+            return records + again
+        _refuse_mismatch(self.model.id, records)
         return records
 
     def _measure_twice(self, engine: "Engine") -> list[dict[str, Any]]:
         """Records of table `verifications`, of work that is drawn from all experiments."""
-        knockouts: list[tuple[TokenizedPrompt, Ablation]] = []
+        prompts = list(self._prompts.values())
+        knockouts: list[tuple[TokenizedPrompt, Ablation, Company]] = []
         others: list[tuple[SaeSpec, TokenizedPrompt, Any]] = []
-        for spec, prompt, work in drawn(self.job, self.model, list(self._prompts.values()), self._saes):
-            if isinstance(work, Ablation):
-                knockouts.append((prompt, work))
+        for spec, prompt, work in drawn(self.job, self.model, prompts, self._saes):
+            if isinstance(spec, KnockoutSpec) and isinstance(work, Ablation):
+                others_too = company(self.job, spec, self.model, prompts, prompt, work)
+                knockouts.append((prompt, work, others_too))
             elif isinstance(spec, SaeSpec):
                 others.append((spec, prompt, work))
         about = {"model_id": self.model.id, "revision": self.model.revision}
@@ -243,7 +251,25 @@ class Worker:
         spec = next(spec for spec in self.job.experiments if spec.name == unit.experiment)
         rows = self._knock_out(unit) if isinstance(spec, KnockoutSpec) else self._with_saes(spec, unit)
         table = "ablations" if isinstance(spec, KnockoutSpec) else spec.table
-        return Done(unit.unit_id, {table: rows, "vocabulary": self._vocabulary(rows)}, time.perf_counter() - started)
+        tables = {table: rows, "vocabulary": self._vocabulary(rows), "events": self._gave_up(unit)}
+        return Done(unit.unit_id, tables, time.perf_counter() - started)
+
+    def _gave_up(self, unit: Unit) -> "pa.Table":
+        """Rows of table `events`: why anything of a unit took the slow way."""
+        reasons = self._loaded().gave_up
+        events = [
+            {
+                "model_id": self.model.id,
+                "kind": "full",
+                "message": scrub(
+                    f"unit {unit.unit_id}, {times} batch{'es'[: 2 * (times > 1)]} by full forwards: {why}"
+                ),
+                "happened_at": datetime.now(UTC),
+            }
+            for why, times in Counter(reasons).items()
+        ]
+        reasons.clear()
+        return schemas.rows("events", events)
 
     def _knock_out(self, unit: Unit) -> "pa.Table":
         from raymi.experiments.knockout.run import run
@@ -307,6 +333,18 @@ class Worker:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.model, trust_remote_code=self.trust_remote_code)
         return self._tokenizer
+
+
+def _refuse_mismatch(model_id: str, records: list[dict[str, Any]], before: Sequence[dict[str, Any]] = ()) -> None:
+    """Raises Mismatch when one of them has not passed; `before` is recorded with them."""
+    failed = [record for record in records if not record["passed"]]
+    if failed:
+        worst = max(record["max_logit_diff"] for record in failed)
+        raise Mismatch(
+            f"{model_id}: {len(failed)} of {len(records)} verified ablations differ from full forwards, by up to "
+            f"{worst:.1e} in the logits where {failed[0]['tolerance']:.1e} would be noise",
+            [*before, *records],
+        )
 
 
 def _describe(model: CachedModel, dtype: str, loaded: "Loaded") -> Mapping[str, Any]:

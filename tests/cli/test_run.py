@@ -268,7 +268,8 @@ def test_numbers_that_do_not_agree_fail_the_model(run: Run, monkeypatch):
 
 @pytest.fixture
 def wrong_cone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cone whose ablations go wrong once a model has been loaded, while its clean row stays right."""
+    """A cone that goes wrong once a model has been loaded, from the second ablation of a batch on: no clean row, and
+    no ablation that is measured alone, would show it."""
     from raymi.cluster.worker import Worker
     from raymi.model.cone import Cone
 
@@ -276,7 +277,7 @@ def wrong_cone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def off(self, hidden_AD, returned):
         logits_AV = honest(self, hidden_AD, returned)
-        logits_AV[1:, 3] += 0.25
+        logits_AV[2:, 3] += 0.25
         return logits_AV
 
     verify = Worker._verify
@@ -290,19 +291,75 @@ def wrong_cone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_verification_finds_a_cone_that_went_wrong(run: Run, wrong_cone: None):
     add_model(Path("cache"), "org/one", scale=20)
-    said = run()
+    said = run("--set", "verify=8")
     assert said.code == 1
     assert "Mismatch" in said.err
     assert "by up to 2.5e-01" in said.err.replace("\n", " ")
     assert rows().is_empty()
+    verified = rows("verifications")
+    assert verified.height == 8
+    assert not verified["passed"].all()
 
 
 def test_a_wrong_cone_gives_way_to_full_forwards_when_the_job_says_so(run: Run, wrong_cone: None):
     add_model(Path("cache"), "org/one", scale=20)
-    assert run("--set", "on_mismatch=full").code == 0
+    assert run("--set", "on_mismatch=full", "--set", "verify=8").code == 0
     assert rows()["engine"].unique().to_list() == ["full"]
-    assert not rows("verifications")["passed"].any()
-    assert rows("verifications")["engine"].unique().to_list() == ["cone"]
+    first, second = (rows("verifications").filter(engine=engine)["passed"] for engine in ("cone", "full"))
+    assert len(first) == len(second) == 8
+    assert not first.all()
+    assert second.all()
+
+
+def test_full_forwards_that_are_wrong_too_fail_the_model_all_the_same(run: Run, wrong_cone: None, monkeypatch):
+    from raymi.cluster.worker import Worker
+    from raymi.model.full import Full
+
+    honest, verify = Full.measure, Worker._verify
+
+    def off(self, cells, indices):
+        for batch in honest(self, cells, indices):
+            yield batch._replace(ablated_AV=batch.ablated_AV + 0.125)
+
+    def after_the_load(self, engine):
+        monkeypatch.setattr(Full, "measure", off)
+        return verify(self, engine)
+
+    monkeypatch.setattr(Worker, "_verify", after_the_load)
+    add_model(Path("cache"), "org/one", scale=20)
+    said = run("--set", "on_mismatch=full", "--set", "verify=8")
+    assert said.code == 1
+    assert "8 of 8 verified ablations differ" in said.err.replace("\n", " ")
+    assert rows().is_empty()
+    assert rows("verifications")["engine"].value_counts(sort=True).rows() == [("cone", 8), ("full", 8)]
+
+
+def test_what_the_cone_cannot_serve_takes_full_forwards_and_is_told(run: Run, monkeypatch):
+    """One sweep that is not exact, though all was when the model was loaded."""
+    from raymi.cluster.worker import Worker
+    from raymi.model.cone import Cone, NotClean
+
+    add_model(Path("cache"), "org/one", scale=20)
+    assert run().code == 0
+    fast = rows().sort("ablation_id")
+    honest, measure_unit = Cone.measure, Worker._measure
+
+    def not_clean(self, cells, indices):
+        monkeypatch.setattr(Cone, "measure", honest)
+        raise NotClean("the experts went another way")
+
+    def first_goes_wrong(self, unit):
+        monkeypatch.setattr(Cone, "measure", not_clean)
+        monkeypatch.setattr(Worker, "_measure", measure_unit)
+        return measure_unit(self, unit)
+
+    monkeypatch.setattr(Worker, "_measure", first_goes_wrong)
+    assert run("--new").code == 0
+    [message] = rows("events").filter(kind="full")["message"]
+    assert message.endswith("1 batch by full forwards: the experts went another way")
+    mixed = rows().filter(pl.col("run") != fast["run"][0]).sort("ablation_id")
+    assert mixed["engine"].value_counts().sort("engine").rows() == [("cone", 4), ("full", 4)]
+    assert ((fast["kl"] - mixed["kl"]).abs() / fast["kl"].clip(1.0)).max() < 1e-6
 
 
 def test_the_slow_way_on_request_gives_the_same_rows(run: Run):

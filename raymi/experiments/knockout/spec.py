@@ -32,6 +32,10 @@ class Ablation:
     """(query position, key position), key <= query, ascending, non-negative."""
 
 
+Company = list[tuple[TokenizedPrompt, tuple[Ablation, ...]]]
+"""Ablations that are measured together: of prompts of one length."""
+
+
 def _all_heads_together(value: object) -> object:
     return {"together": ["all"]} if value == "all" else value
 

@@ -5,14 +5,18 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from raymi.experiments.knockout.run import masks
-from raymi.experiments.knockout.spec import Ablation, ablation_id
+from raymi.experiments.knockout.spec import Ablation, Company, ablation_id
 from raymi.model.engine import Engine
-from raymi.model.hooked import Cell
+from raymi.model.full import Way
+from raymi.model.hooked import Cell, HookedModel
+from raymi.model.interventions import Mask
 from raymi.prompts import TokenizedPrompt
 
-Drawn = Sequence[tuple[TokenizedPrompt, Ablation]]
+Drawn = Sequence[tuple[TokenizedPrompt, Ablation, Company]]
+"""Prompt, ablation, and what it is measured among."""
 
 
 def verify(engine: Engine, drawn: Drawn, *, model_id: str, revision: str) -> list[dict[str, Any]]:
@@ -20,35 +24,51 @@ def verify(engine: Engine, drawn: Drawn, *, model_id: str, revision: str) -> lis
 
     Args:
         engine: the model, and the way it is measured.
-        drawn: which ablations (`plan.drawn`).
+        drawn: which ablations (`raymi.plan`).
         model_id: written into the records.
         revision: written into the records.
 
     Returns:
         Records of table `verifications`, in the order of `drawn`; differences and effects in logits.
     """
-    return [_verify(engine, prompt, ablation, model_id, revision) for prompt, ablation in drawn]
-
-
-def _verify(
-    engine: Engine, prompt: TokenizedPrompt, ablation: Ablation, model_id: str, revision: str
-) -> dict[str, Any]:
-    ids_1T = torch.tensor([prompt.token_ids])
-    cell = Cell(0, masks(ablation))
-    [batch] = engine.ablations(ids_1T, [cell])
-    rows = ids_1T.expand(2, -1)
-    full_2V = engine.model.forward(rows, [(), cell.interventions], own_attention=True).logits_BV
-    difference = float((batch.ablated_AV[0] - full_2V[1]).abs().max())
+    clean: dict[tuple[int, ...], Tensor] = {}
+    records: list[dict[str, Any]] = []
     tolerance = engine.capability.tolerance
-    return {
-        "ablation_id": ablation_id(model_id, prompt.token_ids, ablation, engine.model.n_heads),
-        "model_id": model_id,
-        "revision": revision,
-        "prompt_id": prompt.prompt.id,
-        "engine": engine.way,
-        "max_logit_diff": difference,
-        "effect": float((full_2V[1] - full_2V[0]).abs().max()),
-        "tolerance": tolerance,
-        "passed": difference <= tolerance,
-        "measured_at": datetime.now(UTC),
-    }
+    for prompt, ablation, company in drawn:
+        if prompt.token_ids not in clean:
+            clean[prompt.token_ids] = _by_own_attention(engine.model, prompt, ())
+        full_V = _by_own_attention(engine.model, prompt, masks(ablation))
+        measured_V, way = _among(engine, prompt, ablation, company)
+        difference = float((measured_V - full_V).abs().max())
+        records.append(
+            {
+                "ablation_id": ablation_id(model_id, prompt.token_ids, ablation, engine.model.n_heads),
+                "model_id": model_id,
+                "revision": revision,
+                "prompt_id": prompt.prompt.id,
+                "engine": way,
+                "max_logit_diff": difference,
+                "effect": float((full_V - clean[prompt.token_ids]).abs().max()),
+                "tolerance": tolerance,
+                "passed": difference <= tolerance,
+                "measured_at": datetime.now(UTC),
+            }
+        )
+    return records
+
+
+def _by_own_attention(model: HookedModel, prompt: TokenizedPrompt, cuts: tuple[Mask, ...]) -> Tensor:
+    """Logits of a full forward of one row, [V]."""
+    ids_1T = torch.tensor([prompt.token_ids])
+    return model.forward(ids_1T, [cuts], own_attention=True).logits_BV[0]
+
+
+def _among(engine: Engine, prompt: TokenizedPrompt, ablation: Ablation, company: Company) -> tuple[Tensor, Way]:
+    """Logits of an ablation that is measured as units are, among others, [V]; and how it was."""
+    ids_PT = torch.tensor([each.token_ids for each, _ in company])
+    work = [(p, each) for p, (_, ablations) in enumerate(company) for each in ablations]
+    asked = work.index((next(p for p, (each, _) in enumerate(company) if each is prompt), ablation))
+    for batch in engine.ablations(ids_PT, [Cell(p, masks(each)) for p, each in work]):
+        if asked in batch.cells:
+            return batch.ablated_AV[list(batch.cells).index(asked)], batch.way
+    raise AssertionError("an engine measures all that it is asked for")

@@ -47,6 +47,9 @@ class CachedModel:
     """Relative to `path`; empty when they cannot all be read."""
     needs_remote_code: bool = False
     pickle_only: bool = False
+    attention_layers: tuple[int, ...] | None = None
+    """Those that have attention, ascending, of a model in which others have none; None: all of them, as far as
+    config.json tells."""
 
     @property
     def runnable(self) -> bool:
@@ -289,6 +292,7 @@ def _describe(id: str, repo: _Repo, commit: str, *, allow_pickle: bool, trust_re
         weight_files=weights.files if weights else (),
         needs_remote_code=snapshot.needs_remote_code(config),
         pickle_only=weights is not None and weights.pickle,
+        attention_layers=snapshot.attention_layers(config, sizes["n_layers"]),
         **sizes,
     )
 

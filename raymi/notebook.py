@@ -76,6 +76,8 @@ def load(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
+    # What config.json does not tell, the loaded model does.
+    found = replace(found, attention_layers=tuple(loaded.model.attention_layers))
     return Model(found, tokenizer, loaded, dtype)
 
 

@@ -11,7 +11,7 @@ from typing import TypeGuard, TypeVar
 
 from raymi.catalog import CachedModel
 from raymi.errors import UserError
-from raymi.experiments.knockout.spec import Ablation, Company, KnockoutSpec, ablations, check
+from raymi.experiments.knockout.spec import Ablation, Company, KnockoutSpec, ablations, check, confirm_layers
 from raymi.experiments.sae.spec import Injection, SaeRef, SaeSpec
 from raymi.experiments.sae.spec import work as sae_work
 from raymi.job import Job, Spec
@@ -150,10 +150,27 @@ def _refusal(job: Job, model: CachedModel, *, named: bool) -> Rejected | None:
     return None
 
 
-def _shape(model: CachedModel) -> tuple[int, int]:
+def _shape(model: CachedModel) -> tuple[int, int, tuple[int, ...] | None]:
+    """Its layers, its heads, and which layers have attention (None: all)."""
     if model.n_layers is None or model.n_heads is None:
         raise UserError(f"{model.id}: its config.json does not say how many layers and heads it has")
-    return model.n_layers, model.n_heads
+    return model.n_layers, model.n_heads, model.attention_layers
+
+
+def confirm(job: Job, model: CachedModel, attention_layers: Sequence[int]) -> None:
+    """Whether units that were planned by a model's config.json cut what the job says, now that the model is loaded.
+
+    Args:
+        job: the job.
+        model: as it was planned for.
+        attention_layers: the layers that have attention, ascending, as the loaded model shows them.
+
+    Raises:
+        UserError: an experiment would cut other layers.
+    """
+    for spec in job.experiments:
+        if isinstance(spec, KnockoutSpec):
+            confirm_layers(spec, model.n_layers or 0, model.attention_layers, attention_layers)
 
 
 def units(

@@ -8,7 +8,7 @@ import ast
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -52,6 +52,8 @@ _NAMES = {
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
            "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
            "BOOL": "bool"}  # fmt: skip
+_WITHOUT_ATTENTION = ("linear_attention", "conv", "mamba", "recurrent", "moe", "mlp")
+"""Kinds of layers that have none. Of a kind that is not listed it is assumed; loading the model tells."""
 _BUFFERS = ("masked_bias", "inv_freq", "position_ids")
 _LARGEST_HEADER = 100_000_000  # the format's own limit, in bytes
 
@@ -108,6 +110,7 @@ def sizes(config: Mapping[str, Any]) -> dict[str, int | None]:
     if text is not config or None in essential:  # a nested config leaves out whatever equals its class's default
         defaults = config_defaults(model_type(config), model_type(text))
         found = {size: number or _first_int(defaults, _NAMES[size]) for size, number in found.items()}
+    found["n_layers"] = found["n_layers"] or _listed_layers(text)
     heads, hidden = found["n_heads"], found["hidden_size"]
     if text.get("multi_query") and not text.get("new_decoder_architecture"):
         found["n_kv_heads"] = 1
@@ -117,6 +120,49 @@ def sizes(config: Mapping[str, Any]) -> dict[str, int | None]:
     if hidden:
         found["intermediate_size"] = found["intermediate_size"] or 4 * hidden
     return found
+
+
+def attention_layers(config: Mapping[str, Any], n_layers: int | None) -> tuple[int, ...] | None:
+    """The layers that have attention, ascending; None: all of them, as far as the config tells.
+
+    Layers that are recurrent, convolutional or of linear attention have none, nor have those that are only an MLP.
+    """
+    has = _has_attention(text_config(config))
+    layers = tuple(layer for layer in range(n_layers or 0) if has(layer))
+    return None if len(layers) == (n_layers or 0) else layers
+
+
+def _has_attention(text: Mapping[str, Any]) -> Callable[[int], bool]:
+    """What tells of a layer whether it has attention, by the names that the families give to it."""
+    match text:
+        # The last of these may be shorter than the model: it begins anew.
+        case (
+            {"layer_types": [_, *_] as kinds}
+            | {"layers_block_type": [_, *_] as kinds}
+            | {"block_types": [_, *_] as kinds}
+        ):
+            return lambda layer: kinds[layer % len(kinds)] not in _WITHOUT_ATTENTION
+        case {"hybrid_override_pattern": str(pattern)} if pattern:
+            return lambda layer: pattern[layer % len(pattern)] == "*"
+        case {"attn_layer_indices": [*indices]} | {"full_attn_idxs": [*indices]}:
+            return lambda layer: layer in indices
+        case {"attn_layer_period": int(period), "attn_layer_offset": int(offset)} if period > 0:
+            return lambda layer: layer % period == offset
+        case {"full_attention_interval": int(interval)} | {"layer_group_size": int(interval)} if interval > 0:
+            return lambda layer: (layer + 1) % interval == 0
+        case {"linear_attn_config": {"full_attn_layers": [*numbers]}}:  # counted from 1
+            return lambda layer: layer + 1 in numbers
+        case _:
+            return lambda _: True
+
+
+def _listed_layers(text: Mapping[str, Any]) -> int | None:
+    """How many layers a config lists that does not say their number."""
+    match text:
+        case {"layers_block_type": [_, *_] as kinds} | {"hybrid_override_pattern": str(kinds)}:
+            return len(kinds) or None
+        case _:
+            return None
 
 
 def files_needed(names: Collection[str]) -> list[str]:

@@ -1,11 +1,16 @@
 """Tiny random models of many families: at least four layers, every kind of layer, windows shorter than the prompts."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from tests.fakes import TOKENIZER, TOKENIZER_CONFIG, add_folder
 
 VOCABULARY = 97
 WINDOW = 5
@@ -180,6 +185,15 @@ def build(family: str, seed: int = 0) -> PreTrainedModel:
             elif "bias" in name or "sink" in name:
                 parameter.normal_(0, 0.1)
     return model.eval()
+
+
+def save(family: str, cache: Path, id: str) -> Path:
+    """Puts the random model of a family into a cache, as transformers writes it, and returns its snapshot's folder."""
+    with TemporaryDirectory() as folder:
+        build(family).save_pretrained(folder)
+        for name, content in (("tokenizer.json", TOKENIZER), ("tokenizer_config.json", TOKENIZER_CONFIG)):
+            Path(folder, name).write_text(json.dumps(content))
+        return add_folder(cache, id, Path(folder))
 
 
 def prompt(n_tokens: int = PROMPT, rows: int = 1, seed: int = 1) -> torch.Tensor:

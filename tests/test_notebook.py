@@ -13,6 +13,7 @@ from raymi import Mask, Model, Prompt, UserError
 from raymi.heatmap import heatmap
 from raymi.model.sites import NoSuchPlace, UnknownSite
 from tests.fakes import LLAMA, WORDS, add_model
+from tests.families import save
 
 TEXT = "The capital of France is"
 LONG = "The capital of France is Paris and the capital of Peru is Lima and it was"
@@ -305,3 +306,16 @@ def test_heat_map_without_altair_says_what_to_install(tiny: Model, monkeypatch: 
     monkeypatch.setitem(sys.modules, "altair", None)
     with pytest.raises(UserError, match=r"pip install 'raymi\[plots\]'"):
         found.heatmap("kl")
+
+
+# -- hybrids ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_loaded_model_tells_which_layers_have_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save("lfm2", tmp_path, "org/hybrid")
+    monkeypatch.setattr("raymi.snapshot.attention_layers", lambda *_: None)  # whatever config.json says
+    hybrid = raymi.load("org/hybrid", cache_dir=tmp_path)
+    assert hybrid.knockout(TEXT, layers="all").frame["layer"].to_list() == [1, 4]
+    assert hybrid.knockout(TEXT, layers="middle").frame["layer"].to_list() == [4]
+    with pytest.raises(UserError, match="layers: 0 has no attention to cut; layers 1, 4 have"):
+        hybrid.knockout(TEXT, layers=0)

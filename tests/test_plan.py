@@ -23,6 +23,7 @@ from raymi.plan import (
     Rejected,
     Unit,
     company,
+    confirm,
     drawn,
     estimate,
     full_forward_flops,
@@ -107,6 +108,17 @@ def test_a_named_model_that_cannot_run_is_a_failure(include: list[str]) -> None:
 def test_a_named_model_that_is_not_there() -> None:
     with pytest.raises(UserError, match="no model a/smal"):
         selected(job(models=["a/*", "a/smal"]), CATALOG, find)
+
+
+def test_layers_without_attention_are_an_error_of_the_models_that_have_such() -> None:
+    some = [*CATALOG, model("c/hybrid", attention_layers=(2, 5)), model("c/states", attention_layers=())]
+    chosen, rejected = selected(job({"layers": 4, "name": "four"}, models=["a/small", "c/*"]), some, find)
+    assert ids(chosen) == ["a/small"]
+    assert rejected == [
+        Rejected("c/hybrid", "experiment 'four': layers: 4 has no attention to cut; layers 2, 5 have", named=True),
+        Rejected("c/states", "experiment 'four': layers: no layer of the model has attention", named=True),
+    ]
+    assert ids(selected(job({"layers": "all"}, models=["a/small", "c/*"]), some, find)[0]) == ["a/small", "c/hybrid"]
 
 
 def test_each_model_once_in_the_order_of_the_job() -> None:
@@ -553,3 +565,37 @@ def test_estimates_with_autoencoders(measure: str) -> None:
     wide = [dataclasses.replace(ref, d_sae=10**6) for ref in SAES]
     more = estimate(one, model(), saes_units(one, *texts.values(), saes=wide), texts, RATES)
     assert more.peak_bytes - found.peak_bytes > 1.9 * 10**6 * 2 * 576 * 4
+
+
+# Layers without attention.
+
+UNIT_IDS = ["7bb4ff1756009cc1", "bc33f20d772284ef"]
+"""As they were before there was anything to know of layers without attention."""
+
+
+def test_units_and_what_is_measured_twice_keep_to_layers_that_have_attention() -> None:
+    hybrid = model(attention_layers=(2, 5, 11))
+    sweep = job({"layers": "all", "heads": {"each": "all"}}, verify=40)
+    cut = units(sweep, sweep.experiments[0], hybrid, [prompt()])
+    measured = [work.layers for unit in cut for _, its in unit.of(Ablation) for work in its]
+    assert measured == [(layer,) for layer in (2, 5, 11) for _ in range(9)]
+    assert {work.layers for _, _, work in drawn(sweep, hybrid, [prompt()]) if isinstance(work, Ablation)} == {*measured}
+
+
+def test_units_of_models_that_have_it_everywhere_are_called_what_they_were() -> None:
+    sweep = job({"layers": "all"}, {"layers": {"window": 3}, "name": "windows"})
+    known = [unit.unit_id for spec in sweep.experiments for unit in units(sweep, spec, model(), [prompt()])]
+    assert known == UNIT_IDS
+    said = model(attention_layers=tuple(range(30)))
+    assert [unit.unit_id for spec in sweep.experiments for unit in units(sweep, spec, said, [prompt()])] == UNIT_IDS
+
+
+def test_a_plan_is_confirmed_for_each_experiment_on_attention() -> None:
+    asked = job({"layers": 2, "name": "two"}, {"layers": "all", "name": "all"})
+    confirm(asked, model(attention_layers=(2, 5)), [2, 5])
+    with pytest.raises(
+        UserError, match=r"experiment 'all': layers: config\.json was understood to say that all layers"
+    ):
+        confirm(asked, model(), [2, 5])
+    with pytest.raises(UserError, match="experiment 'two': layers: 2 has no attention to cut; layers 5 have"):
+        confirm(asked, model(), [5])

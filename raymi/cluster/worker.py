@@ -21,7 +21,7 @@ from raymi.experiments.knockout.spec import Ablation, Company, KnockoutSpec
 from raymi.experiments.sae.resolve import Record, check_unchanged, refs, resolve
 from raymi.experiments.sae.spec import SaeRef, SaeSpec
 from raymi.job import Job
-from raymi.plan import Unit, company, drawn
+from raymi.plan import Unit, company, confirm, drawn
 from raymi.prompts import Prompt, TokenizedPrompt, tokenize
 from raymi.store import schemas
 from raymi.store.secret import scrub
@@ -139,6 +139,7 @@ class Worker:
             return failed
         try:
             loaded = self._load()
+            confirm(self.job, self.model, loaded.model.attention_layers)
             verified = self._verify(loaded.engine)
         except Exception as error:
             return failure(error)

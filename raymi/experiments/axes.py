@@ -11,7 +11,10 @@ from raymi.prompts import TokenizedPrompt
 
 
 class Window(Fields):
-    """For every layer, the `window` layers around it that exist, as in Geva et al. (2023)."""
+    """For every layer, the `window` layers around it that exist, as in Geva et al. (2023).
+
+    Layers are those that can be cut: with attention.
+    """
 
     window: int = Field(strict=True, ge=1)
 

@@ -17,6 +17,7 @@ import raymi.store
 from raymi.cli.main import main
 from raymi.model.loading import BadWeights
 from tests.fakes import LLAMA, add_model, llama_shapes, safetensors
+from tests.families import save
 
 PARIS = "{id: paris, text: The capital of France is, answer: ' Paris'}"
 ROME = "{id: rome, text: The capital of Italy is, answer: ' Rome'}"
@@ -485,3 +486,60 @@ def test_handlers_are_put_back(run: Run):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     run()
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+# -- models in which only some layers have attention -------------------------------------------------------------------
+
+
+def test_all_layers_of_a_hybrid_are_those_that_have_attention(run: Run):
+    save("lfm2", Path("cache"), "org/hybrid")
+    windows = "  - {kind: knockout, name: windows, layers: {window: 2}, keys: first}\n"
+    Path("job.yaml").write_text(Path("job.yaml").read_text().replace("unit_ablations", f"{windows}unit_ablations"))
+    said = run("--set", "verify=6")
+    assert said.code == 0, said.err
+    heads = rows().filter(pl.col("experiment") == "heads")
+    assert sorted(heads.select("layer", "head").rows()) == [(layer, head) for layer in (1, 4) for head in range(4)]
+    assert sorted(rows().filter(pl.col("experiment") == "windows")["layers"].to_list()) == [[1], [1, 4]]
+    assert rows()["engine"].unique().to_list() == ["layers"]
+    assert rows().filter(pl.col("kl") > 0).height == rows().height
+    assert rows("failures").is_empty()
+    assert rows("verifications").height == 6
+    assert rows("verifications")["passed"].all()
+
+
+def test_a_rehearsal_counts_the_layers_that_have_attention(run: Run):
+    save("lfm2", Path("cache"), "org/hybrid")
+    add_model(Path("cache"), "org/one")
+    said = run("--dry-run")
+    assert said.code == 0, said.err
+    lines = {line.split()[0]: line.split()[1:] for line in said.out.splitlines() if line.startswith("org/")}
+    assert lines["org/one"][:2] == ["2", "8"]
+    assert lines["org/hybrid"][:2] == ["2", "8"]  # two of six layers, four heads
+    said = run("--dry-run", "--set", "experiments.0.layers=1", "--set", "experiments.0.heads=all")
+    assert [line.split()[2] for line in said.out.splitlines() if line.startswith("org/")] == ["1", "1"]
+
+
+def test_a_layer_that_has_no_attention_fails_the_models_where_it_has_none(run: Run):
+    save("lfm2", Path("cache"), "org/hybrid")
+    add_model(Path("cache"), "org/one")
+    said = run("--set", "experiments.0.layers=0")
+    assert said.code == 1
+    assert rows()["model_id"].unique().to_list() == ["org/one"]
+    [failure] = rows("failures").to_dicts()
+    assert (failure["model_id"], failure["stage"]) == ("org/hybrid", "select")
+    assert failure["message"] == "experiment 'heads': layers: 0 has no attention to cut; layers 1, 4 have"
+
+
+def test_a_config_that_was_misunderstood_fails_the_model_in_words(run: Run, monkeypatch: pytest.MonkeyPatch):
+    save("lfm2", Path("cache"), "org/hybrid")
+    for misread, understood in ((None, "all layers"), ((1,), "layers 1")):
+        monkeypatch.setattr("raymi.snapshot.attention_layers", lambda *_, misread=misread: misread)
+        said = run("--new")
+        assert said.code == 1
+        assert rows().is_empty()
+        message = rows("failures")["message"][-1]
+        assert f"'heads': layers: config.json was understood to say that {understood} have attention" in message
+        assert "in the loaded model it is layers 1, 4 that have" in message
+    monkeypatch.setattr("raymi.snapshot.attention_layers", lambda *_: None)
+    assert run("--new", "--set", "experiments.0.layers=[1, 4]").code == 0
+    assert sorted(rows()["layer"].unique()) == [1, 4]

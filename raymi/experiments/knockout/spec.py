@@ -48,6 +48,9 @@ class KnockoutSpec(Fields):
     prompts: Annotated[Names, NotEmpty] = ("*",)
     """Ids of the job's prompts to measure, as shell patterns."""
     layers: Axis[Layer]
+    """Of a model in which only some layers have attention, `all` and windows mean those alone, as if there were no
+    others; `middle` and fractions of depth mean the next layer that has it (the last that has, where none follows); an
+    index of a layer that has none is an error."""
     heads: Annotated[Axis[Head], BeforeValidator(_all_heads_together)] = Axis[Head](together=("all",))
     queries: Axis[Position] = Axis[Position](each=("last",))
     keys: Axis[Position] = Axis[Position](each=("first",))
@@ -87,18 +90,53 @@ def _surely_after(key: Position, query: Position) -> bool:
     return k > q if (k < 0) == (q < 0) else (q, k) == (0, -1)
 
 
-def check(spec: KnockoutSpec, n_layers: int, n_heads: int) -> None:
-    """Whether a model of so many layers and heads has what the experiment names; UserError with what it has not."""
-    _layer_groups(spec, n_layers)
+def check(spec: KnockoutSpec, n_layers: int, n_heads: int, attention: Sequence[int] | None = None) -> None:
+    """Whether a model of so many layers and heads has what the experiment names; UserError with what it has not.
+
+    `attention` is the layers that have attention, ascending; None: all.
+    """
+    _layer_groups(spec, n_layers, attention)
     _head_groups(spec, n_heads)
 
 
-def ablations(spec: KnockoutSpec, prompt: TokenizedPrompt, n_layers: int, n_heads: int) -> list[Ablation]:
+def confirm_layers(spec: KnockoutSpec, n_layers: int, planned: Sequence[int] | None, found: Sequence[int]) -> None:
+    """Whether the experiment cuts the same layers of the loaded model as it was planned to.
+
+    Args:
+        spec: the experiment.
+        n_layers: how many layers the model has.
+        planned: those that have attention, ascending, as its config.json was understood; None: all.
+        found: those that have attention.
+
+    Raises:
+        UserError: it would cut where nothing is, or leave something out.
+    """
+    if _layer_groups(spec, n_layers, planned) != _layer_groups(spec, n_layers, found):
+        understood = "all layers" if planned is None else f"layers {_listed(planned)}"
+        raise UserError(
+            f"experiment {spec.name!r}: layers: config.json was understood to say that {understood} have attention, "
+            f"but in the loaded model it is layers {_listed(found)} that have",
+            hint="Name layers by index in an experiment for this model.",
+        )
+
+
+def ablations(
+    spec: KnockoutSpec, prompt: TokenizedPrompt, n_layers: int, n_heads: int, attention: Sequence[int] | None = None
+) -> list[Ablation]:
     """Every ablation of one prompt, none twice, ordered by (first query, layers, heads, edges).
 
-    Raises UserError when the model lacks a layer or head, or the prompt a position, or a key stands after its query.
+    Args:
+        spec: the experiment.
+        prompt: as the model reads it.
+        n_layers: how many layers the model has.
+        n_heads: how many query heads each has.
+        attention: the layers that have attention, ascending; None: all.
+
+    Raises:
+        UserError: the model lacks a layer or head, or the layer attention, or the prompt a position, or a key stands
+            after its query.
     """
-    layer_groups, head_groups = _layer_groups(spec, n_layers), _head_groups(spec, n_heads)
+    layer_groups, head_groups = _layer_groups(spec, n_layers, attention), _head_groups(spec, n_heads)
     return [
         Ablation(layers, heads, edges)
         for _, at_query in groupby(_edge_groups(spec, prompt), key=lambda edges: edges[0][0])
@@ -127,18 +165,25 @@ def _named_prompt(model_id: str, token_ids: tuple[int, ...]) -> Any:
     return hashlib.sha256(json.dumps(["knockout", model_id, token_ids], separators=(",", ":"))[:-1].encode())
 
 
-def _layer_groups(spec: KnockoutSpec, n_layers: int) -> list[tuple[int, ...]]:
+def _layer_groups(spec: KnockoutSpec, n_layers: int, attention: Sequence[int] | None) -> list[tuple[int, ...]]:
+    having = range(n_layers) if attention is None else attention
+    if not having:
+        raise UserError(f"experiment {spec.name!r}: layers: no layer of the model has attention")
+
+    def from_here_on(layer: int) -> int:
+        return next((each for each in having if each >= layer), having[-1])
+
     def resolve(layer: Layer) -> Iterable[int]:
         match layer:
             case "all":
-                return range(n_layers)
+                return having
             case "middle":
-                return (n_layers // 2,)
+                return (from_here_on(n_layers // 2),)
             case float():
                 # Decimal, since 0.29 * 100 is 28.999... as floats.
-                return (min(n_layers - 1, int(Decimal(str(layer)) * n_layers)),)
+                return (from_here_on(min(n_layers - 1, int(Decimal(str(layer)) * n_layers))),)
             case int():
-                return (_index(layer, n_layers, spec, "layers"),)
+                return (_with_attention(layer, n_layers, having, spec),)
             case Window():
                 return ()
 
@@ -146,8 +191,21 @@ def _layer_groups(spec: KnockoutSpec, n_layers: int) -> list[tuple[int, ...]]:
     for element in spec.layers.elements:
         if isinstance(element, Window):
             below, above = element.window // 2, element.window - element.window // 2
-            groups += [tuple(range(max(0, at - below), min(n_layers, at + above))) for at in range(n_layers)]
+            groups += [tuple(having[max(0, at - below) : at + above]) for at in range(len(having))]
     return sorted(set(groups))
+
+
+def _with_attention(index: int, n_layers: int, having: Sequence[int], spec: KnockoutSpec) -> int:
+    layer = _index(index, n_layers, spec, "layers")
+    if layer not in having:
+        raise UserError(
+            f"experiment {spec.name!r}: layers: {index} has no attention to cut; layers {_listed(having)} have"
+        )
+    return layer
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))
 
 
 def _head_groups(spec: KnockoutSpec, n_heads: int) -> list[tuple[int, ...] | None]:

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from raymi.errors import UserError
-from raymi.experiments.knockout.spec import SCHEMA, Ablation, KnockoutSpec, ablation_id, ablations, check
+from raymi.experiments.knockout.spec import (
+    SCHEMA,
+    Ablation,
+    KnockoutSpec,
+    ablation_id,
+    ablations,
+    check,
+    confirm_layers,
+)
 from raymi.prompts import Prompt, TokenizedPrompt
 
 L, H = 12, 4
@@ -67,6 +75,81 @@ def test_windows_are_those_of_geva_et_al(k: int) -> None:
 
 def test_windows_and_layers_side_by_side() -> None:
     assert layers([{"window": 3}, 0], 3) == [(0,), (0, 1), (0, 1, 2), (1, 2)]
+
+
+SOME = (2, 3, 7)
+"""Of twelve layers, those with attention."""
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("all", [(2,), (3,), (7,)]),
+        ({"together": "all"}, [(2, 3, 7)]),
+        ({"window": 1}, [(2,), (3,), (7,)]),
+        ({"window": 2}, [(2,), (2, 3), (3, 7)]),
+        ({"window": 3}, [(2, 3), (2, 3, 7), (3, 7)]),
+        ({"window": 40}, [(2, 3, 7)]),
+        ("middle", [(7,)]),
+        ([0.0, 0.25, 0.3, 0.6, 0.7, 1.0], [(2,), (3,), (7,)]),
+        ({"together": [0.1, 0.5]}, [(2, 7)]),
+        ([3, -5], [(3,), (7,)]),
+        ([{"window": 2}, 7], [(2,), (2, 3), (3, 7), (7,)]),
+    ],
+    ids=str,
+)
+def test_layers_where_only_some_have_attention(value: Any, expected: list[tuple[int, ...]]) -> None:
+    found = ablations(spec(layers=value), prompt(), L, H, SOME)
+    assert [ablation.layers for ablation in found] == expected
+    check(spec(layers=value), L, H, SOME)
+
+
+@pytest.mark.parametrize("value", ["all", "middle", 0.3, -1, {"window": 3}, {"together": [0, 5]}], ids=str)
+def test_all_layers_are_the_same_however_they_are_said(value: Any) -> None:
+    assert ablations(spec(layers=value), prompt(), L, H, tuple(range(L))) == ablations(
+        spec(layers=value), prompt(), L, H
+    )
+
+
+@pytest.mark.parametrize("value", [[2, 4], {"together": [2, -8]}], ids=str)
+def test_a_layer_without_attention_is_named_with_those_that_have(value: Any) -> None:
+    index = max(value, key=abs) if isinstance(value, list) else -8
+    with pytest.raises(UserError) as error:
+        check(spec(layers=value), L, H, SOME)
+    said = f"experiment 'knockout': layers: {index} has no attention to cut; layers 2, 3, 7 have"
+    assert str(error.value) == said
+
+
+@pytest.mark.parametrize("value", ["all", "middle", 3, {"window": 2}], ids=str)
+def test_a_model_without_attention_has_nothing_to_cut(value: Any) -> None:
+    with pytest.raises(UserError, match="experiment 'knockout': layers: no layer of the model has attention"):
+        check(spec(layers=value), L, H, ())
+
+
+@pytest.mark.parametrize(
+    ("value", "planned", "found"),
+    [
+        ("all", None, SOME),
+        ("all", SOME, (2, 3)),
+        ("all", (2, 3), SOME),
+        ({"window": 2}, SOME, (2, 3, 8)),
+        ("middle", SOME, (2, 3, 6)),
+    ],
+    ids=str,
+)
+def test_a_loaded_model_that_would_be_cut_elsewhere(value: Any, planned: Any, found: Any) -> None:
+    with pytest.raises(UserError, match=r"experiment 'knockout': layers: config\.json was understood") as error:
+        confirm_layers(spec(layers=value), L, planned, found)
+    understood = "all layers" if planned is None else f"layers {', '.join(map(str, planned))}"
+    assert f"{understood} have attention, but in the loaded model it is layers " in str(error.value)
+    assert f"layers {', '.join(map(str, found))} that have" in str(error.value)
+    confirm_layers(spec(layers=value), L, planned, planned or range(L))
+
+
+def test_a_loaded_model_is_not_refused_for_layers_that_nothing_asks_for() -> None:
+    confirm_layers(spec(layers=[2, 7]), L, None, SOME)
+    with pytest.raises(UserError, match="layers: 4 has no attention to cut; layers 2, 3, 7 have"):
+        confirm_layers(spec(layers=[2, 4]), L, None, SOME)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from raymi.model import memory
 from raymi.model.engine import Capability, Engine, Way, measure_capability
 from raymi.model.hooked import HookedModel
+from raymi.model.linear import lay_out
 
 SHORTEST_CHECK = 12
 
@@ -89,6 +90,7 @@ def load(
     before, started = memory.snapshot(where), time.perf_counter()
     raw = _read(path, name or path.name, DTYPES[dtype], trust_remote_code, allow_pickle)
     cast(nn.Module, raw).to(where)
+    lay_out(raw)
     model = HookedModel(raw, name or path.name)
     seconds, started = time.perf_counter() - started, time.perf_counter()
     capability = measure_capability(model, check_length(raw.config.get_text_config(), longest))

@@ -47,6 +47,8 @@ def test_the_same_numbers(shape: tuple[int, ...], inputs: int, outputs: int, bia
     exact = functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
     usual = float((plain - exact).abs().max()) if x.numel() else 0.0
     assert difference(layer, x) <= max(5e-6, 4 * usual)
+    linear.lay_out(layer)
+    assert difference(layer, x) <= max(5e-6, 4 * usual)
 
 
 def three(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -100,11 +102,37 @@ def test_a_bias_that_is_no_plain_row_of_numbers_goes_the_usual_way(
         assert layer(x).equal(functional.linear(x, layer.weight, layer.bias))
 
 
-def test_a_weight_that_is_a_view_goes_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_with_gaps_goes_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.Linear(24, 5)
     assert is_quick(layer, torch.randn(50, 24), monkeypatch)
-    layer.weight = nn.Parameter(torch.randn(24, 5).T)
-    assert not is_quick(layer, torch.randn(50, 24), monkeypatch)
+    for weight in (torch.randn(24, 10).T[::2], torch.randn(5, 48)[:, ::2], torch.randn(48, 5)[::2].T):
+        layer.weight = nn.Parameter(weight)
+        assert not is_quick(layer, torch.randn(50, 24), monkeypatch)
+
+
+def test_weights_are_laid_out_where_nothing_else_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.inner, self.half = nn.Embedding(40, 24), nn.Linear(24, 24), nn.Linear(24, 24).half()
+            self.head, self.one, self.same = nn.Linear(24, 40), nn.Linear(24, 8), nn.Linear(24, 8)
+            self.head.weight, self.same.weight = self.embedding.weight, self.one.weight
+
+    model = Model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    linear.lay_out(model)
+    strides = {name: parameter.stride() for name, parameter in model.named_parameters()}
+    assert strides["embedding.weight"] == (24, 1)
+    assert strides["half.weight"] == (24, 1)
+    assert strides["inner.weight"] == (1, 24)
+    assert strides["one.weight"] == (1, 8)
+    assert model.same.weight is model.one.weight
+    for name, parameter in model.named_parameters():
+        assert parameter.equal(before[name])
+    assert is_quick(model.inner, torch.randn(50, 24), monkeypatch)
+    monkeypatch.setattr(linear, "_pays", lambda: False)
+    linear.lay_out(other := nn.Linear(24, 24))
+    assert other.weight.is_contiguous()
 
 
 def test_gradients_go_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ Legend: D hidden size, W head width.
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,6 +26,7 @@ class Mask:
     its head's output is zero.
     """
 
+    site: ClassVar[str] = "attn.hook_attn_scores"
     layer: int
     heads: tuple[int, ...] | None
     """Query heads; None: all of them."""

@@ -9,13 +9,14 @@ def names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], objec
 
     Args:
         package: its `__name__`.
-        homes: name -> the module that has it.
+        homes: name -> the module that has it, or that it is.
     """
 
     def get(name: str) -> object:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(homes[name]), name)
+        home = import_module(homes[name])
+        return home if homes[name] == f"{package}.{name}" else getattr(home, name)
 
     def listed() -> list[str]:
         return sorted({*vars(import_module(package)), *homes})

@@ -4,7 +4,7 @@ Legend: A ablations, B rows of a batch, T positions, V vocabulary.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +17,7 @@ from torch import Tensor
 from raymi import catalog
 from raymi.catalog import CachedModel
 from raymi.errors import UserError
+from raymi.experiments import sweep
 from raymi.experiments.knockout.run import run
 from raymi.experiments.knockout.spec import Ablation
 from raymi.fields import near
@@ -147,16 +148,31 @@ class Ablated:
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class Knockouts:
-    """Knockouts of one prompt, measured."""
+class Sweep:
+    """Ablations of one prompt, measured."""
 
     prompt: TokenizedPrompt
     frame: pl.DataFrame
-    """One row an ablation: the columns of table `ablations`, and beside its token ids and positions their texts
-    (`query_token`, `key_token`, `answer_token`, `wrong_token`, `top1_clean_token`, `top1_ablated_token`, and `token` in
-    `changed`)."""
+    """One row an ablation, in the order asked for: the columns of `raymi.experiments.sweep.SCHEMA`, and beside its
+    token ids and positions their texts (`position_token`, `answer_token`, `wrong_token`, `top1_clean_token`,
+    `top1_ablated_token`, and `token` in `changed`)."""
     logits: Tensor | None = None
     """[A, V] float32 on the CPU, ablated, in the order of the frame; only with `keep_logits=True`."""
+
+    def __repr__(self) -> str:
+        return self._shown("ablations", "layers", "sites", "head", "position")
+
+    def _shown(self, what: str, *asked: str) -> str:
+        shown = [*asked, "kl", "logit_diff", "top1_clean_token", "top1_ablated_token"]
+        return f"{what} of {list(self.prompt.tokens)}\n{self.frame.select(shown)}"
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Knockouts(Sweep):
+    """Knockouts of one prompt, measured.
+
+    The frame has the columns of table `ablations`; `query_token` and `key_token` are the texts of its positions.
+    """
 
     def heatmap(self, value: str = "logit_diff", x: str | None = None, y: str | None = None) -> "alt.Chart":
         """A heat map, drawn by altair (`pip install 'raymi[plots]'`).
@@ -172,8 +188,7 @@ class Knockouts:
         return heatmap(self.frame, self.prompt.tokens, value, x, y, self.prompt.prompt.text)
 
     def __repr__(self) -> str:
-        shown = [*("layers", "heads", "queries", "keys", "kl", "logit_diff"), "top1_clean_token", "top1_ablated_token"]
-        return f"knockouts of {list(self.prompt.tokens)}\n{self.frame.select(shown)}"
+        return self._shown("knockouts", "layers", "heads", "queries", "keys")
 
 
 class Model:
@@ -182,7 +197,7 @@ class Model:
     def __init__(self, cached: CachedModel, tokenizer: Any, loaded: Loaded, dtype: str) -> None:
         self.cached, self.tokenizer, self.loaded, self.dtype = cached, tokenizer, loaded, dtype
         self.engine: Engine = loaded.engine
-        """How ablations are measured."""
+        """How ablations are measured. `engine.way = "full"` has `knockout` and `sweep` make a full forward of each."""
 
     @property
     def id(self) -> str:
@@ -244,7 +259,7 @@ class Model:
 
         Args:
             prompt: see `clean`, as are `capture`, `bos` and `chat_template`.
-            interventions: such as `raymi.Mask(layer=15, heads=None, edges=((4, 0),))`.
+            interventions: such as `raymi.Mask(layer=15, heads=None, edges=((4, 0),))`; see `raymi.interventions`.
             capture: kept from both runs, after interventions at the site.
             bos: see `tokenize`.
             chat_template: see `tokenize`.
@@ -256,9 +271,8 @@ class Model:
             NotFired: an intervention did not act.
         """
         read = self.tokenize(prompt, bos=bos, chat_template=chat_template)
-        together = list(interventions) if isinstance(interventions, Sequence) else [interventions]
         ids_BT = torch.tensor([read.token_ids] * 2)
-        out = self.hooked.forward(ids_BT, [(), together], capture)
+        out = self.hooked.forward(ids_BT, [(), sweep.together(interventions)], capture)
         clean, ablated = (
             Forward(read, out.logits_BV[row], {k: v[row : row + 1] for k, v in out.cache.items()}, self.tokenizer)
             for row in (0, 1)
@@ -308,14 +322,10 @@ class Model:
         axes = {"layers": layers, "heads": heads, "queries": queries, "keys": keys}
         given = _written(prompt, answer=answer, wrong=wrong, subject=subject)
         job = _job(self, given, axes, top_k=top_k, bos=bos, chat_template=chat_template)
-        read = self._fits(
-            tokenize(
-                job.prompts, self.tokenizer, bos=bos, chat_template=chat_template, pieces=job.pieces, model_id=self.id
-            )[0]
-        )
+        read = self._read(job)
+        work = units(job, job.experiments[0], self.cached, [read])
         self._check_past(len(read.token_ids))
         keeping = _KeepsLogits(self.engine)
-        work = units(job, job.experiments[0], self.cached, [read])
         tables = [
             run(
                 cast(Engine, keeping) if keep_logits else self.engine,
@@ -328,16 +338,72 @@ class Model:
             )
             for unit in work
         ]
-        frame = _with_texts(pa.concat_tables(tables), self.tokenizer, read.tokens)
+        frame = _with_texts(pa.concat_tables(tables), self.tokenizer, read.tokens, ("query", "key"))
         asked = [ablation for unit in work for _, ablations in unit.of(Ablation) for ablation in ablations]
         return Knockouts(read, _in_order(frame, asked), torch.cat(keeping.units) if keep_logits else None)
+
+    def sweep(
+        self,
+        prompt: str | Prompt,
+        ablations: Iterable[Intervention | Iterable[Intervention]],
+        *,
+        answer: str | None = None,
+        wrong: str | None = None,
+        top_k: int = 10,
+        bos: Bos = "auto",
+        chat_template: bool = False,
+        keep_logits: bool = False,
+    ) -> Sweep:
+        """Measures many ablations of one prompt, whatever they do, by the fastest way that is exact on the model.
+
+        Args:
+            prompt: a text, or a Prompt with answers of its own.
+            ablations: each an intervention, or several that are applied together; see `raymi.interventions`. (What
+                `ablate` takes is one of these.)
+            answer: what should follow, with its leading blank; its logit, probability and rank are measured.
+            wrong: another answer, to measure the first against.
+            top_k: how many of the most changed tokens a row lists.
+            bos: see `tokenize`.
+            chat_template: see `tokenize`.
+            keep_logits: keep the ablated logits of every ablation.
+
+        Raises:
+            UserError: see `tokenize`; there are no ablations, or one of them has no interventions.
+            NoSuchPlace: an intervention names a site, layer, head or position that is not there, or its value does not
+                fit there.
+            NotFinite, NotFired, OutOfMemory: measuring failed; nothing is returned rather than a wrong number.
+        """
+        given = _written(prompt, answer=answer, wrong=wrong)
+        # A job says what a prompt and its options may be; of its experiment nothing is measured.
+        read = self._read(_job(self, given, {"layers": "all"}, top_k=top_k, bos=bos, chat_template=chat_template))
+        cells = sweep.cells(self.hooked, read, ablations)
+        self._check_past(len(read.token_ids))
+        keeping = _KeepsLogits(self.engine)
+        table = sweep.run(
+            cast(Engine, keeping) if keep_logits else self.engine,
+            read,
+            cells,
+            model_id=self.id,
+            revision=self.revision,
+            dtype=self.dtype,
+            top_k=top_k,
+        )
+        frame = _with_texts(table, self.tokenizer, read.tokens, ("position",))
+        return Sweep(read, frame, torch.cat(keeping.units) if keep_logits else None)
+
+    def _read(self, job: Job) -> TokenizedPrompt:
+        """The one prompt of a job."""
+        options: dict[str, Any] = {"bos": job.bos, "chat_template": job.chat_template, "pieces": job.pieces}
+        return self._fits(tokenize(job.prompts, self.tokenizer, **options, model_id=self.id)[0])
 
     def _check_past(self, n_tokens: int) -> None:
         """Checks the model anew on a longer prompt when this one is the first to get past a window of its attention."""
         n_needed = check_length(self.hooked.model.config.get_text_config(), n_tokens)
         if n_needed > self.engine.capability.n_tokens:
-            capability = measure_capability(self.hooked, n_needed)
-            self.engine = Engine(self.hooked, capability, capability.way)
+            engine, capability = self.engine, measure_capability(self.hooked, n_needed)
+            if engine.way == engine.capability.way:  # else another one was chosen, and stays
+                engine.way = capability.way
+            engine.capability = capability
 
     def _fits(self, prompt: TokenizedPrompt) -> TokenizedPrompt:
         context = self.cached.context
@@ -354,7 +420,7 @@ class Model:
             f"  {self.dtype} on {hooked.device}: {hooked.weight_bytes / 1e6:,.0f} MB of weights, loaded in "
             f"{loaded.seconds:.1f} s\n"
             f"  differs from its own attention by {checked.disagreement:.1e} logits (noise {checked.noise:.1e})\n"
-            f"  methods: clean, knockout, ablate, tokenize"
+            f"  methods: clean, knockout, ablate, sweep, tokenize"
         )
 
 
@@ -390,10 +456,6 @@ class _KeepsLogits:
     @property
     def model(self) -> HookedModel:
         return self.engine.model
-
-    @property
-    def way(self) -> str:
-        return self.engine.way
 
     def ablations(self, ids_PT: Tensor, cells: Sequence[Cell]) -> Iterator[Batch]:
         kept_AV = torch.empty(len(cells), self.model.vocab_size)
@@ -434,8 +496,8 @@ def _job(model: Model, prompt: Mapping[str, str], axes: Mapping[str, object], **
         raise UserError(plain, hint=error.hint) from None
 
 
-def _with_texts(table: pa.Table, tokenizer: Any, tokens: Sequence[str]) -> pl.DataFrame:
-    """Rows as a frame, with the text beside every token id and position."""
+def _with_texts(table: pa.Table, tokenizer: Any, tokens: Sequence[str], positions: Sequence[str]) -> pl.DataFrame:
+    """Rows as a frame, with the text beside every token id and every position in the columns `positions`."""
     frame = cast(pl.DataFrame, pl.from_arrow(table))
     ids = ("answer_id", "wrong_id", "top1_clean", "top1_ablated")
     changed = frame["changed"].explode().struct.field("token_id")
@@ -449,7 +511,7 @@ def _with_texts(table: pa.Table, tokenizer: Any, tokens: Sequence[str]) -> pl.Da
         *(text_of(pl.col(name)).alias(f"{name.removesuffix('_id')}_token") for name in ids),
         *(
             pl.col(name).replace_strict(range(len(tokens)), tokens, return_dtype=pl.String).alias(f"{name}_token")
-            for name in ("query", "key")
+            for name in positions
         ),
         pl.col("changed").list.eval(named),
     )

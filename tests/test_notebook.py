@@ -1,4 +1,5 @@
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import raymi
 from raymi import Mask, Model, Prompt, UserError
 from raymi.heatmap import heatmap
+from raymi.interventions import Intervention, add, mean, replace, scale, zero
 from raymi.model.sites import NoSuchPlace, UnknownSite
 from tests.fakes import LLAMA, WORDS, add_model
 from tests.families import save
@@ -55,6 +57,8 @@ def test_package_names_its_api() -> None:
     assert all(getattr(raymi, name) is not None for name in raymi.__all__)
     with pytest.raises(AttributeError, match="no attribute 'laod'"):
         raymi.laod  # noqa: B018  # pyright: ignore
+    assert raymi.interventions.Mask is raymi.Mask
+    assert set(raymi.interventions.__all__) <= set(dir(raymi.interventions))
 
 
 # -- clean -----------------------------------------------------------------------------------------------------------
@@ -92,6 +96,7 @@ def test_what_is_shown_of_things(tiny: Model) -> None:
     assert "'France'" in repr(tiny.clean(TEXT, capture=["blocks.0.hook_resid_pre"]))
     assert "KL" in repr(tiny.ablate(TEXT, Mask(0, None, ((4, 0),))))
     assert "logit_diff" in repr(tiny.knockout(TEXT))
+    assert "logit_diff" in repr(tiny.sweep(TEXT, [Mask(0, None, ((4, 0),))]))
 
 
 # -- ablations -------------------------------------------------------------------------------------------------------
@@ -162,6 +167,126 @@ def test_prompt_past_a_window_is_measured_after_another_check(cache: Path) -> No
             assert row["kl"] == pytest.approx(full.kl, rel=1e-3, abs=1e-6)
 
 
+# -- sweeps ----------------------------------------------------------------------------------------------------------
+
+
+def every_kind(model: Model, text: str) -> list[Intervention | list[Intervention]]:
+    """Ablations with each operation, at each site, early and late, and several together; none in the cone's order."""
+    last, top = len(model.tokenize(text).tokens) - 1, model.hooked.n_layers - 1
+    found: list[Intervention | list[Intervention]] = [Mask(top, (1,), ((last, 0), (last, 1)))]
+    for site in raymi.interventions.EDITABLE:
+        heads = (2, 0) if site == "attn.hook_z" else None
+        for layer, at in ((top, last), (0, 2)):
+            name = f"blocks.{layer}.{site}"
+            of_others = model.hooked.mean(name, torch.tensor([model.tokenize(text).token_ids[::-1]]))
+            of_another = model.clean(" ".join(text.split()[::-1]), capture=[name]).cache[name][0, 1]
+            of_others, of_another = (x[[2, 0]] if heads else x for x in (of_others, of_another))
+            found += [
+                zero(layer, site, (at,), heads),
+                mean(layer, site, (at - 1, at), of_others, heads),
+                replace(layer, site, (at,), of_another[None], heads),
+                add(layer, site, (at,), of_others, heads),
+                [scale(layer, site, (at, 1), -1.5, heads), Mask(0, None, ((last, 1),))],
+            ]
+    return [*found, Mask(0, None, ((1, 0),)), (zero(top, "hook_mlp_out", (0, last)), Mask(top, (0,), ((2, 2),)))]
+
+
+def check_sweep(model: Model, text: str, answer: str) -> None:
+    """A sweep of everything is a full forward for each."""
+    ablations = every_kind(model, text)
+    found = model.sweep(text, ablations, answer=answer, keep_logits=True)
+
+    answer_id = found.prompt.answer_id
+    assert answer_id is not None
+    assert found.logits is not None
+    assert found.frame["ablation"].to_list() == list(range(len(ablations)))
+    assert set(found.frame["engine"]) == {"cone"}
+    off = 10 * model.engine.capability.tolerance
+    for row, ablated_V, ablation in zip(found.frame.iter_rows(named=True), found.logits, ablations, strict=True):
+        one = model.ablate(text, ablation)
+        assert (ablated_V - one.ablated.logits).abs().max() < off
+        assert row["kl"] == pytest.approx(one.kl, rel=1e-3, abs=1e-6)
+        assert (row["fired"], row["empty_rows"]) == (one.fired, one.empty_rows)
+        before, after = one.clean.logits[answer_id].item(), one.ablated.logits[answer_id].item()
+        assert row["logit_diff"] == pytest.approx(before - after, abs=off)
+        p, q = (run.logits.double().softmax(0) for run in (one.clean, one.ablated))
+        assert row["total_variation"] == pytest.approx(float((p - q).abs().sum() / 2), rel=1e-3, abs=1e-6)
+        assert row["changed"][0]["token_id"] == one.changed(1)["token_id"][0]
+    changes = (found.logits - model.clean(text).logits).abs().amax(1)
+    assert (changes > 20 * off).float().mean() > 0.9, "almost all are felt"
+
+
+def test_sweep_of_every_operation_is_full_forwards(tiny: Model) -> None:
+    check_sweep(tiny, TEXT, " Paris")
+
+
+def test_sweep_of_a_demo_model_is_full_forwards(demo_cache: Path) -> None:
+    check_sweep(raymi.load("raymi-demo/glassllm-en", cache_dir=demo_cache), TEXT, " Paris")
+
+
+def test_sweep_says_what_it_changed(tiny: Model) -> None:
+    found = tiny.sweep(
+        Prompt("mine", TEXT, answer=" Paris", wrong=" Lima"),
+        [
+            zero(1, "attn.hook_z", (4,), (2,)),
+            [zero(0, "hook_mlp_out", (3, 4)), Mask(0, (1,), ((4, 0), (4, 3)))],
+            [Mask(0, (1,), ((4, 0),)), Mask(1, (1,), ((4, 0),))],
+        ],
+        top_k=3,
+    )
+    asked = ["layers", "sites", "layer", "site", "head", "position", "position_token", "fired", "prompt_id", "n_tokens"]
+    assert found.frame.select(asked).rows() == [
+        ([1], ["attn.hook_z"], 1, "attn.hook_z", 2, 4, "is", 1, "mine", 5),
+        ([0, 0], ["hook_mlp_out", "attn.hook_attn_scores"], 0, None, None, None, None, 4, "mine", 5),
+        ([0, 1], ["attn.hook_attn_scores"] * 2, None, "attn.hook_attn_scores", 1, 4, "is", 2, "mine", 5),
+    ]
+    assert found.logits is None
+    assert all(len(changed) == 3 for changed in found.frame["changed"])
+    knocked = tiny.knockout(TEXT, answer=" Paris", wrong=" Lima", layers={"together": "all"}, heads=1, top_k=3).frame
+    for name in set(knocked.columns[knocked.columns.index("kl") :]) - {"query_token", "key_token"}:
+        assert found.frame.schema[name] == knocked.schema[name]
+        if knocked.schema[name].is_float():
+            assert found.frame[name][2] == pytest.approx(knocked[name][0], abs=1e-6)
+    assert found.frame["top1_ablated_token"][2] == knocked["top1_ablated_token"][0]
+    assert found.frame["answer_token"].to_list() == ["Paris"] * 3
+
+
+def test_a_way_that_was_chosen_stays_past_a_window(cache: Path) -> None:
+    model = raymi.load("org/windowed", cache_dir=cache)
+    model.engine.way = "full"
+    short = model.engine.capability.n_tokens
+    found = model.sweep(LONG, [zero(0, "hook_mlp_out", (15,)), Mask(1, None, ((15, 14),))])
+    assert model.engine.capability.n_tokens > short
+    assert set(found.frame["engine"]) == {model.engine.way} == {"full"}
+    assert set(model.knockout(LONG).frame["engine"]) == {"full"}
+
+
+@pytest.mark.parametrize(
+    ("ablation", "message"),
+    [
+        (
+            zero(0, "hook_mlp_output", (4,)),
+            "'hook_mlp_output' cannot be changed; what can: hook_resid_pre, .*attn.hook_z",
+        ),
+        (zero(2, "hook_mlp_out", (4,)), "layer 2 of a model with layers 0 to 1"),
+        (Mask(7, None, ((4, 0),)), "layer 7 of a model with layers 0 to 1"),
+        (zero(0, "hook_mlp_out", (5,)), "position 5, where there are 0 to 4"),
+        (zero(0, "attn.hook_z", (4,), (4,)), "head 4, where there are 0 to 3"),
+    ],
+)
+def test_sweep_refuses_what_is_not_there_and_says_of_which(tiny: Model, ablation: Intervention, message: str) -> None:
+    with pytest.raises(NoSuchPlace, match=f"^ablation 1: org/tiny: {message}"):
+        tiny.sweep(TEXT, [Mask(0, None, ((4, 0),)), [Mask(0, None, ((4, 0),)), ablation]])
+
+
+def test_sweep_refuses_a_value_that_does_not_fit(tiny: Model) -> None:
+    with pytest.raises(NoSuchPlace, match=r"shape \[3\] does not fit blocks\.1\.hook_mlp_out, which takes \[1, 16\]"):
+        tiny.sweep(TEXT, [add(1, "hook_mlp_out", (4,), torch.ones(3))])
+
+
+# -- mistakes --------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -177,6 +302,10 @@ def test_prompt_past_a_window_is_measured_after_another_check(cache: Path) -> No
         (lambda m: m.knockout(TEXT, keys={"text": "Spain"}), "'text:Spain', which prompt"),
         (lambda m: m.knockout(TEXT, wrong=" Lima"), "^wrong: a wrong answer needs an answer"),
         (lambda m: m.knockout("is " * 65), "65 tokens are more than its context of 64"),
+        (lambda m: m.sweep("is " * 65, [Mask(0, None, ((4, 0),))]), "65 tokens are more than its context of 64"),
+        (lambda m: m.sweep(TEXT, [Mask(0, None, ((4, 0),))], wrong=" Lima"), "^wrong: a wrong answer needs an answer"),
+        (lambda m: m.sweep(TEXT, []), "no ablations to measure"),
+        (lambda m: m.sweep(TEXT, [Mask(0, None, ((4, 0),)), ()]), "ablation 1 has no interventions"),
     ],
 )
 def test_mistakes_are_named(tiny: Model, call: Any, message: str) -> None:
@@ -226,6 +355,21 @@ def test_demo_model_gives_the_known_numbers(demo_cache: Path) -> None:
     assert row["layers"] == [15]
     assert row["kl"] == pytest.approx(0.049847, abs=2e-6)
     assert row["logit_diff"] == pytest.approx(0.93340, abs=1e-4)
+
+
+def test_readme_shows_what_a_notebook_gives(demo_cache: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = readme[readme.index("In a notebook, without Ray:") : readme.index("## Sparse autoencoders")]
+    *before, last = "".join(re.findall("```python\n(.*?)```", readme, re.DOTALL)).splitlines()
+    scope: dict[str, Any] = {}
+    exec("\n".join(before).replace("~/.cache/raymi/hub", str(demo_cache)), scope)
+    shown = [[cell.strip() for cell in line.split("┆")] for line in re.findall("^│ (.*) │$", readme, re.MULTILINE)]
+    found: pl.DataFrame = eval(last, scope)
+    assert shown[0] == found.columns
+    for row, written in zip(found.rows(), shown[3:], strict=True):
+        for value, text in zip(row, written, strict=True):
+            same = pytest.approx(value, abs=1e-4) if isinstance(value, float) else {None: "null"}.get(value, str(value))
+            assert (float(text) if isinstance(value, float) else text) == same
 
 
 # -- heat maps -------------------------------------------------------------------------------------------------------

@@ -1,15 +1,84 @@
-"""What changes did, as columns of `EFFECTS`."""
+"""From ablations to rows: what they did, as columns of `EFFECTS`, and how that was measured."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
+from raymi.model.engine import Engine
+from raymi.model.full import Batch
+from raymi.model.hooked import Cell, NotFinite
 from raymi.model.metrics import Comparison, TokenEffects
 from raymi.prompts import TokenizedPrompt
 
 Columns = dict[str, list[Any]]
+T = TypeVar("T")
+
+
+def measure(
+    engine: Engine,
+    ids_PT: Tensor,
+    cells: Sequence[Cell],
+    prompts: Sequence[TokenizedPrompt],
+    about: Callable[[Batch], Columns],
+    *,
+    schema: pa.Schema,
+    top_k: int,
+) -> pa.Table:
+    """Measures ablations.
+
+    Args:
+        engine: the model, and the way it is measured.
+        ids_PT: token ids of the prompts, all of one length.
+        cells: the ablations, at least one.
+        prompts: the prompt of every ablation.
+        about: those columns of a batch's rows that its kind of experiment adds to effects and ways.
+        schema: which columns there are; what it has not is left out.
+        top_k: how many of the most changed tokens a row lists.
+
+    Returns:
+        A table of `schema`, one row an ablation, in the order of `cells`.
+
+    Raises:
+        NotFinite: a logit is NaN or infinite; names the prompts.
+        NotFired, NoSuchPlace, OutOfMemory: from the model room.
+    """
+    tables: list[pa.Table] = []
+    done: list[int] = []
+    try:
+        for batch in engine.ablations(ids_PT, cells):
+            columns = {**about(batch), **_measured(batch, [prompts[i] for i in batch.cells], top_k)}
+            tables.append(pa.table({name: columns[name] for name in schema.names}, schema=schema))
+            done += batch.cells
+    except NotFinite as error:
+        names = dict.fromkeys(prompt.prompt.id for prompt in prompts)
+        raise NotFinite(f"{error} (prompts {', '.join(names)})") from error
+    return in_order(tables, done)
+
+
+def _measured(batch: Batch, prompts: Sequence[TokenizedPrompt], top_k: int) -> Columns:
+    compared = Comparison(batch.clean_PV, batch.ablated_AV, batch.prompt_A)
+    return {
+        **effects(compared, top_k),
+        **answers(compared, prompts),
+        "empty_rows": batch.empty_A.tolist(),
+        "fired": batch.fired_A.tolist(),
+        "engine": [batch.way] * len(prompts),
+        "clean_error": [batch.clean_error] * len(prompts),
+    }
+
+
+def in_order(tables: Sequence[pa.Table], places: Sequence[int]) -> pa.Table:
+    """Rows of several tables by their places."""
+    return pa.concat_tables(tables).take(sorted(range(len(places)), key=places.__getitem__))
+
+
+def only(values: Iterable[T] | None) -> T | None:
+    """The one value, where there is just one of them: what people group by."""
+    found = set(values or ())
+    return found.pop() if len(found) == 1 else None
 
 
 def effects(compared: Comparison, top_k: int) -> Columns:

@@ -6,12 +6,16 @@ intervention's causal cone.
 Legend: D hidden size, W head width.
 """
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
 EDITABLE = ("hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z")
 """Sites, after `blocks.{layer}.`, that can be changed. In place of `hook_resid_mid`, change what is added there."""
+BY_HEAD = "attn.hook_z"
+"""The one of them whose heads can be changed by themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,7 @@ class Mask:
     its head's output is zero.
     """
 
+    site: ClassVar[str] = "attn.hook_attn_scores"
     layer: int
     heads: tuple[int, ...] | None
     """Query heads; None: all of them."""
@@ -30,8 +35,8 @@ class Mask:
 
     def __post_init__(self) -> None:
         """Raises ValueError for what would cut nothing, or something else than it says."""
-        if not self.edges or self.heads == ():
-            raise ValueError(f"{self} cuts nothing: it names no {'edges' if self.heads != () else 'heads'}")
+        if nothing := _empty(edges=self.edges, heads=self.heads):
+            raise ValueError(f"{self} cuts nothing: it names no {nothing}")
         if self.layer < 0 or min(self.heads or (0,)) < 0:
             raise ValueError(f"{self}: layers and heads count from 0")
         for query, key in self.edges:
@@ -55,10 +60,27 @@ class Edit:
     """One of `EDITABLE`."""
     positions: tuple[int, ...]
     heads: tuple[int, ...] | None
-    """For `attn.hook_z`, None meaning all; None at other sites."""
+    """At `attn.hook_z`, None meaning all; None at other sites."""
     factor: float
-    shift: Tensor | None
+    shift: Tensor | None = field(repr=False)
     """[D] at all positions alike, or [positions, D]; at `attn.hook_z` [W], [heads, W] or [positions, heads, W]."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what would change nothing, or something else than it says.
+
+        What only a model can tell, such as whether there is the site, is found out when it is run.
+        """
+        if nothing := _empty(positions=self.positions, heads=self.heads):
+            raise ValueError(f"{self} changes nothing: it names no {nothing}")
+        if self.heads is not None and self.site in EDITABLE and self.site != BY_HEAD:
+            raise ValueError(f"{self}: {self.site} is of all heads together; only {BY_HEAD} is of each by itself")
+        if min(self.layer, *self.positions, *(self.heads or ())) < 0:
+            raise ValueError(f"{self}: layers, heads and positions count from 0")
+        for what, indices in (("position", self.positions), ("head", self.heads or ())):
+            # It would act once, and be counted twice.
+            if len(set(indices)) < len(indices):
+                again = next(index for index in indices if indices.count(index) > 1)
+                raise ValueError(f"{self} names {what} {again} more than once")
 
     @property
     def first_query(self) -> int:
@@ -93,3 +115,8 @@ def add(layer: int, site: str, positions: tuple[int, ...], value: Tensor, heads:
 def scale(layer: int, site: str, positions: tuple[int, ...], factor: float, heads: Heads = None) -> Edit:
     """The activation times `factor`."""
     return Edit(layer, site, positions, heads, factor, None)
+
+
+def _empty(**named: Collection[object] | None) -> str | None:
+    """The first of these that has nothing in it; None for heads means all of them."""
+    return next((what for what, indices in named.items() if indices is not None and not indices), None)

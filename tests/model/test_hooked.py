@@ -66,32 +66,16 @@ def test_one_layer_that_does_not_act_is_an_error():
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [
-        {"edges": ()},
-        {"heads": ()},
-        {"edges": ((2, 3),)},
-        {"edges": ((-1, -2),)},
-        {"edges": ((5, -1),)},
-        {"layer": -1},
-        {"heads": (0, -1)},
-    ],
-    ids=str,
-)
-def test_a_mask_that_cuts_nothing_or_something_else_cannot_be_made(wrong: dict[str, Any]):
-    with pytest.raises(ValueError, match=r"Mask\("):
-        Mask(**{"layer": 0, "heads": None, "edges": ((5, 2),), **wrong})
-
-
-@pytest.mark.parametrize(
     ("intervention", "why"),
     [
         (Mask(4, None, ((5, 2),)), "layer 4 of a model with layers 0 to 3"),
         (Mask(1, (0, 4), ((5, 2),)), "head 4, where there are 0 to 3"),
         (Mask(1, None, ((LAST + 1, 2),)), f"position {LAST + 1}, where there are 0 to {LAST}"),
-        (zero(1, "hook_attn_out", (-1,)), "position -1"),
+        (zero(1, "hook_attn_out", (LAST + 1,)), f"position {LAST + 1}, where"),
         (zero(1, "attn.hook_z", (3,), heads=(7,)), "head 7"),
-        (zero(1, "hook_resid_middle", (3,)), "hook_resid_middle.*what can"),
+        (zero(1, "hook_resid_middle", (3,)), "hook_resid_middle.*what can.*, attn.hook_z"),
+        (zero(1, "hook_resid_middle", (3,), heads=(0,)), "hook_resid_middle.*what can.*, attn.hook_z"),
+        (zero(1, "blocks.1.hook_attn_out", (3,)), "blocks.1.hook_attn_out.*what can.*, attn.hook_z"),
     ],
 )
 def test_what_a_model_does_not_have_is_refused_by_name(intervention: Any, why: str, hooked: Hooked):

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 import torch
 
-from raymi.experiments.effects import Columns, answers, effects
+from raymi.experiments.effects import Columns, measure, only
 from raymi.experiments.knockout.spec import SCHEMA, Ablation, ablation_id
 from raymi.model.engine import Engine
-from raymi.model.hooked import Cell, NotFinite
+from raymi.model.full import Batch
+from raymi.model.hooked import Cell
 from raymi.model.interventions import Mask
-from raymi.model.metrics import Comparison
 from raymi.plan import Unit
 from raymi.prompts import TokenizedPrompt
 
@@ -45,31 +45,20 @@ def run(
     ids_PT = torch.tensor([prompts[prompt_id].token_ids for prompt_id, _ in unit.items])
     work = [(p, ablation) for p, (_, ablations) in enumerate(unit.of(Ablation)) for ablation in ablations]
     cells = [Cell(p, masks(a)) for p, a in work]
-    tables: list[pa.Table] = []
-    done: list[int] = []
-    try:
-        for batch in engine.ablations(ids_PT, cells):
-            rows = [(prompts[unit.items[p][0]], ablation) for p, ablation in (work[i] for i in batch.cells)]
-            compared = Comparison(batch.clean_PV, batch.ablated_AV, batch.prompt_A)
-            columns = {
-                "unit_id": [unit.unit_id] * len(rows),
-                "experiment": [unit.experiment] * len(rows),
-                "model_id": [model_id] * len(rows),
-                "revision": [revision] * len(rows),
-                "dtype": [dtype] * len(rows),
-                **_asked(rows, model_id, engine.model.n_heads),
-                **effects(compared, top_k),
-                **answers(compared, [prompt for prompt, _ in rows]),
-                "fired": batch.fired_A.tolist(),
-                "empty_rows": batch.empty_A.tolist(),
-                "engine": [batch.way] * len(rows),
-                "clean_error": [batch.clean_error] * len(rows),
-            }
-            tables.append(pa.table(columns, schema=SCHEMA))
-            done += batch.cells
-    except NotFinite as error:
-        raise NotFinite(f"{error} (prompts {', '.join(prompt_id for prompt_id, _ in unit.items)})") from error
-    return pa.concat_tables(tables).take(sorted(range(len(done)), key=done.__getitem__))
+    prompts_A = [prompts[unit.items[p][0]] for p, _ in work]
+
+    def about(batch: Batch) -> Columns:
+        rows = [(prompts_A[i], work[i][1]) for i in batch.cells]
+        return {
+            "unit_id": [unit.unit_id] * len(rows),
+            "experiment": [unit.experiment] * len(rows),
+            "model_id": [model_id] * len(rows),
+            "revision": [revision] * len(rows),
+            "dtype": [dtype] * len(rows),
+            **_asked(rows, model_id, engine.model.n_heads),
+        }
+
+    return measure(engine, ids_PT, cells, prompts_A, about, schema=SCHEMA, top_k=top_k)
 
 
 def masks(ablation: Ablation) -> tuple[Mask, ...]:
@@ -79,10 +68,6 @@ def masks(ablation: Ablation) -> tuple[Mask, ...]:
 
 def _asked(rows: Sequence[tuple[TokenizedPrompt, Ablation]], model_id: str, n_heads: int) -> Columns:
     """What was cut, in full and, where there is just one of it, by itself."""
-
-    def only(values: Sequence[int] | None) -> int | None:
-        return values[0] if values is not None and len(set(values)) == 1 else None
-
     columns: Columns = {name: [] for name in _ASKED}
     for prompt, ablation in rows:
         queries, keys = [q for q, _ in ablation.edges], [k for _, k in ablation.edges]

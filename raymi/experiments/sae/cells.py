@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 
 from raymi.errors import UserError
-from raymi.experiments.effects import Columns, answers, effects
+from raymi.experiments.effects import Columns, in_order, measure
 from raymi.experiments.sae.features import active
 from raymi.experiments.sae.spec import ABLATIONS, INJECTIONS, Injection, SaeRef, cell_id
 from raymi.experiments.sae.texts import Task, clean, counting, ids_of, in_batches, read
 from raymi.model.editing import place
 from raymi.model.full import Batch
-from raymi.model.hooked import Cell, HookedModel, NotFinite
+from raymi.model.hooked import Cell, HookedModel
 from raymi.model.interventions import EDITABLE, Edit, add
-from raymi.model.metrics import Comparison
 from raymi.model.restart import Restart
 from raymi.model.sites import NoSuchPlace
 from raymi.prompts import TokenizedPrompt
@@ -229,29 +228,17 @@ def _measured(task: Task, changes: Sequence[Change], schema: pa.Schema) -> pa.Ta
     of_text = {prompt_id: row for row, prompt_id in enumerate(texts)}
     asked = [i for i, change in enumerate(changes) if change.edit is not None]
     cells = [Cell(of_text[changes[i].prompt.prompt.id], (edit,)) for i in asked if (edit := changes[i].edit)]
-    done = [i for i, change in enumerate(changes) if change.edit is None]
-    tables = [pa.table(_padded(_asked(task, [changes[i] for i in done]), schema), schema=schema)]
-    try:
-        for batch in task.engine.ablations(ids_of(list(texts.values())), cells) if cells else ():
-            of_batch = [asked[cell] for cell in batch.cells]
-            tables.append(pa.table(_row_columns(task, [changes[i] for i in of_batch], batch), schema=schema))
-            done += of_batch
-    except NotFinite as error:
-        raise NotFinite(f"{error} (prompts {', '.join(texts)})") from error
-    return pa.concat_tables(tables).take(sorted(range(len(done)), key=done.__getitem__))
+    unasked = [i for i, change in enumerate(changes) if change.edit is None]
+    tables = [pa.table(_padded(_asked(task, [changes[i] for i in unasked]), schema), schema=schema)]
 
+    def about(batch: Batch) -> Columns:
+        of_batch = [changes[asked[cell]] for cell in batch.cells]
+        return {**_asked(task, of_batch), "logit_shift": _logit_shift(batch)}
 
-def _row_columns(task: Task, changes: Sequence[Change], batch: Batch) -> Columns:
-    compared = Comparison(batch.clean_PV, batch.ablated_AV, batch.prompt_A)
-    return {
-        **_asked(task, changes),
-        "logit_shift": _logit_shift(batch),
-        **effects(compared, task.top_k),
-        **answers(compared, [change.prompt for change in changes]),
-        "fired": batch.fired_A.tolist(),
-        "engine": [batch.way] * len(changes),
-        "clean_error": [batch.clean_error] * len(changes),
-    }
+    if cells:
+        prompts, ids_PT = [changes[i].prompt for i in asked], ids_of(list(texts.values()))
+        tables.append(measure(task.engine, ids_PT, cells, prompts, about, schema=schema, top_k=task.top_k))
+    return in_order(tables, [*unasked, *asked])
 
 
 def _asked(task: Task, changes: Sequence[Change]) -> Columns:

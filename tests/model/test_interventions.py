@@ -1,0 +1,76 @@
+"""What no intervention may be, whatever the model."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from raymi.model.interventions import EDITABLE, Edit, Mask, add, mean, replace, scale, zero
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"edges": ()},
+        {"heads": ()},
+        {"heads": []},
+        {"edges": ((2, 3),)},
+        {"edges": ((-1, -2),)},
+        {"edges": ((5, -1),)},
+        {"layer": -1},
+        {"heads": (0, -1)},
+    ],
+    ids=str,
+)
+def test_a_mask_that_cuts_nothing_or_something_else_cannot_be_made(wrong: dict[str, Any]):
+    with pytest.raises(ValueError, match=r"Mask\("):
+        Mask(**{"layer": 0, "heads": None, "edges": ((5, 2),), **wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"positions": ()}, "changes nothing: it names no positions"),
+        ({"heads": ()}, "changes nothing: it names no heads"),
+        ({"layer": -1}, "count from 0"),
+        ({"positions": (3, -1)}, "count from 0"),
+        ({"heads": (0, -1)}, "count from 0"),
+        ({"positions": (4, 3, 4)}, "names position 4 more than once"),
+        ({"heads": (1, 2, 1)}, "names head 1 more than once"),
+    ],
+    ids=str,
+)
+def test_an_edit_that_changes_nothing_or_something_else_cannot_be_made(wrong: dict[str, Any], why: str):
+    with pytest.raises(ValueError, match=rf"Edit\(.*{why}"):
+        Edit(
+            **{
+                "layer": 0,
+                "site": "attn.hook_z",
+                "positions": (3,),
+                "heads": (0,),
+                "factor": 0.0,
+                "shift": None,
+                **wrong,
+            }
+        )
+
+
+@pytest.mark.parametrize("site", [site for site in EDITABLE if site != "attn.hook_z"])
+def test_heads_are_refused_where_they_would_be_passed_over(site: str):
+    value = torch.zeros(8)
+    for make in (
+        lambda heads: zero(2, site, (13,), heads),
+        lambda heads: mean(2, site, (13,), value, heads),
+        lambda heads: replace(2, site, (13,), value, heads),
+        lambda heads: add(2, site, (13,), value, heads),
+        lambda heads: scale(2, site, (13,), 2.0, heads),
+    ):
+        assert make(None).first_query == 13
+        with pytest.raises(ValueError, match=rf"Edit\(.*{site} is of all heads together; only attn\.hook_z"):
+            make((1,))
+
+
+def test_what_is_wrong_is_said_in_one_line():
+    with pytest.raises(ValueError, match="more than once") as error:
+        add(0, "hook_mlp_out", (1, 1), torch.zeros(2, 64))
+    assert "\n" not in str(error.value)

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from raymi.model.cone import Cone
 from raymi.model.engine import Engine, measure_capability
 from raymi.model.full import Batch
 from raymi.model.hooked import Cell, HookedModel
+from raymi.model.linear import lay_out
 from raymi.model.loading import DTYPES, pick_device
 from raymi.model.metrics import Comparison
 from raymi.model.sizes import POSITIONS_PER_BATCH
@@ -53,7 +55,10 @@ THOROUGH, QUICK = Budget(3, 10.0, 3), Budget(1, 1.0, 2)
 
 @dataclass
 class Contest:
-    """raymi and every peer that can be imported, each around its own modules with the same weights."""
+    """raymi and every peer that can be imported, each around its own modules with the same weights.
+
+    Peers share theirs. raymi's are a copy, since it stores them in an order of its own on some processors.
+    """
 
     engine: Engine
     peers: dict[str, Peer]
@@ -72,7 +77,9 @@ class Contest:
                 missing[name] = str(error)
         # As `raymi.model.loading.load` does. What is freed is kept for the peers, too: it is the process's.
         memory.keep_what_is_freed()
-        hooked = HookedModel(model, "the benchmark's model")
+        ours = copy.deepcopy(model)
+        lay_out(ours)
+        hooked = HookedModel(ours, "the benchmark's model")
         capability = measure_capability(hooked, 12)
         peers[FULL_EACH] = lambda ids_1T, cuts: hooked.forward(ids_1T, [cuts]).logits_BV[0]
         return cls(Engine(hooked, capability, capability.way), peers, missing, budget)

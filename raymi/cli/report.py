@@ -74,7 +74,8 @@ def lines(report: "Report", width: int) -> Iterator[str]:
         yield from _baselines(report.models, width)
         yield "\nhow they were measured; and how far what was measured twice differs, in logits"
         yield from _proofs(report.models, width)
-        yield from _weak_proofs(report.models, width)
+        for said in (*_slow(report.models), *_weak_proofs(report.models)):
+            yield fill(said, width or 10_000, initial_indent="  ", subsequent_indent="    ")
     if not report.failures.is_empty():
         yield "\nfailed:"
         yield from _failures(report.failures, width)
@@ -173,12 +174,21 @@ def _proofs(models: "pl.DataFrame", width: int) -> list[str]:
     return table(header, rows, right=range(2, 7), width=width)
 
 
-def _weak_proofs(models: "pl.DataFrame", width: int) -> Iterator[str]:
+def _slow(models: "pl.DataFrame") -> Iterator[str]:
+    """Says where the cone was not used, and why."""
+    for model in models.unique("model_id", maintain_order=True).iter_rows(named=True):
+        if model["why_not_cone"]:
+            yield f"{model['model_id']}: {model['why_not_cone']}"
+        if model["fallbacks"]:
+            units = plural(model["fallbacks"], "unit")
+            yield f"{model['model_id']}: of {units} something took full forwards, such as {model['fallback']}"
+
+
+def _weak_proofs(models: "pl.DataFrame") -> Iterator[str]:
     """Says where a wrong number could pass for noise."""
     weak = models.filter(models["verified_effect"] <= models["verified_tolerance"])
     for model in weak["model_id"].unique(maintain_order=True):
-        said = f"{model}: no effect that was measured twice is larger than noise, so their agreement proves little"
-        yield fill(said, width or 10_000, initial_indent="  ", subsequent_indent="    ")
+        yield f"{model}: no effect that was measured twice is larger than noise, so their agreement proves little"
 
 
 def _failures(failures: "pl.DataFrame", width: int) -> Iterator[str]:

@@ -191,7 +191,8 @@ def _show(order: "Order", store: "Store", store_uri: str, result: "Result") -> N
         for line in lines(tables.report(store, order.run), terminal_width()):
             click.echo(line)
     else:
-        click.echo(f"{order.run}: nothing to do, every unit is in {store_uri}")
+        again = "; --new measures all of them by full forwards" if order.job.engine == "full" else ""
+        click.echo(f"{order.run}: nothing to do, every unit is in {store_uri}{again}")
     where = "" if store_uri == raymi.store.DEFAULT else f" --store {store_uri}"
     click.echo(f"\nnext: raymi report {order.run}{where}")
 

@@ -95,7 +95,9 @@ def per_model(store: Store, run: Manifest, failures: pl.DataFrame) -> pl.DataFra
         next token was looked at), answer_prob (mean over prompts of the clean P(answer)), answer_top1 (share of the
         prompts where the answer comes first), engine (how it was measured: cone, layers, full), verified (what was
         measured twice), agreed (of those), verified_error, verified_tolerance and verified_effect (the largest
-        difference, what would have been noise, and the largest effect, in logits), load_seconds, failures.
+        difference, what would have been noise, and the largest effect, in logits), why_not_cone (found when the model
+        was loaded; empty where it is measured by the cone), fallbacks (units of which something took full forwards all
+        the same) and fallback (the first of them, and why), load_seconds, failures.
     """
     by = ["model_id", "experiment"]
 
@@ -154,19 +156,28 @@ def per_model(store: Store, run: Manifest, failures: pl.DataFrame) -> pl.DataFra
 
     def loads() -> pl.LazyFrame:
         ready = store.scan("models", run.run).filter(pl.col("load_seconds").is_not_null())
-        return ready.sort("loaded_at").group_by("model_id").agg(pl.col("device", "load_seconds").last())
+        why = pl.col("capability").str.json_path_match("$.why").alias("why_not_cone")
+        of_load = ready.sort("loaded_at").select("model_id", "device", "load_seconds", why)
+        return of_load.group_by("model_id").agg(pl.all().last())
+
+    def fell_back() -> pl.LazyFrame:
+        events = store.scan("events", run.run).filter(pl.col("kind") == "full").sort("happened_at")
+        return events.group_by("model_id").agg(
+            pl.len().cast(pl.Int64).alias("fallbacks"), pl.col("message").first().alias("fallback")
+        )
 
     found = collect(measured)
     rows = collect(how)
     known = [*run.commits, *rows["model_id"], *failures["model_id"].drop_nulls()]
     failed = failures.group_by("model_id").agg(pl.len().cast(pl.Int64).alias("failures"))
     everyone = pl.DataFrame({"model_id": list(dict.fromkeys(known))}, schema={"model_id": pl.String()})
-    for each in (rows, collect(baseline), collect(loads), collect(verified), failed):
+    for each in (rows, collect(baseline), collect(loads), collect(verified), collect(fell_back), failed):
         everyone = everyone.join(each, on="model_id", how="left")
-    table = everyone.join(found, on="model_id", how="left").with_columns(pl.col("ablations", "failures").fill_null(0))
+    counts = pl.col("ablations", "failures", "fallbacks").fill_null(0)
+    table = everyone.join(found, on="model_id", how="left").with_columns(counts)
     of_model = ["prompts", "answer_prob", "answer_top1", "engine"]
     of_verified = ["verified", "agreed", "verified_error", "verified_tolerance", "verified_effect"]
-    of_replicas = [*of_verified, "load_seconds", "failures"]
+    of_replicas = [*of_verified, "why_not_cone", "fallbacks", "fallback", "load_seconds", "failures"]
     order = ["model_id", "experiment", "revision", "dtype", "device", *found.columns[2:], *of_model, *of_replicas]
     return table.select(order).sort("model_id", "experiment")
 

@@ -111,6 +111,23 @@ def test_verification_that_proves_little_says_so(tmp_path: Path) -> None:
     assert "org/plain: no effect" not in said
 
 
+def test_what_took_full_forwards_says_why(tmp_path: Path) -> None:
+    store = raymi.store.open(str(tmp_path))
+    with take(store, RUN) as run:
+        for model, why, units in (("org/fast", "", 0), ("org/mixed", "", 2), ("org/slow", "cone: two streams", 0)):
+            run.manifest.freeze_commits({model: "0" * 40})
+            run.add("models", slug(model), loaded(model, capability=json.dumps({"why": why})))
+            run.add("ablations", slug(model), schemas.rows("ablations", [cell(f"{model}0", 0, 0, model=model)]))
+            for unit in range(units):
+                event = {"model_id": model, "kind": "full", "message": f"unit {unit}, 1 batch by full forwards: flips"}
+                run.add("events", slug(model), schemas.rows("events", [event | {"happened_at": datetime.now(UTC)}]))
+        run.close("done")
+    said = " ".join(call("report", "--store", tmp_path).output.split())
+    assert "org/mixed: of 2 units something took full forwards, such as unit 0, 1 batch by full forwards: flips" in said
+    assert "org/slow: cone: two streams" in said
+    assert "org/fast:" not in said
+
+
 def test_report_of_a_named_run_and_of_the_beginning_of_its_name(folder: Path) -> None:
     for ref in (RUN, "hea"):
         assert call("report", ref, "--store", folder).output.startswith(f"{RUN}:")

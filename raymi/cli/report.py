@@ -180,8 +180,8 @@ def _slow(models: "pl.DataFrame") -> Iterator[str]:
         if model["why_not_cone"]:
             yield f"{model['model_id']}: {model['why_not_cone']}"
         if model["fallbacks"]:
-            units = plural(model["fallbacks"], "unit")
-            yield f"{model['model_id']}: of {units} something took full forwards, such as {model['fallback']}"
+            times = plural(model["fallbacks"], "time")
+            yield f"{model['model_id']}: {times} something took full forwards all the same: {model['fallback']}"
 
 
 def _weak_proofs(models: "pl.DataFrame") -> Iterator[str]:

@@ -133,7 +133,7 @@ class Worker:
         """Loads the weights, and the prompts if that was not done before, and verifies a few ablations.
 
         Returns:
-            Rows of the tables `models` and `verifications`.
+            Rows of the tables `models`, `verifications` and `events`.
         """
         if not self._prompts and isinstance(failed := self.prepare(), Failed):
             return failed
@@ -146,6 +146,7 @@ class Worker:
         return {
             "models": schemas.rows("models", [_describe(self.model, self.job.dtype, loaded)]),
             "verifications": schemas.rows("verifications", verified),
+            "events": self._gave_up("what was verified"),
         }
 
     def run(self, units: Sequence[Unit]) -> Iterator[Done | Failed]:
@@ -252,19 +253,17 @@ class Worker:
         spec = next(spec for spec in self.job.experiments if spec.name == unit.experiment)
         rows = self._knock_out(unit) if isinstance(spec, KnockoutSpec) else self._with_saes(spec, unit)
         table = "ablations" if isinstance(spec, KnockoutSpec) else spec.table
-        tables = {table: rows, "vocabulary": self._vocabulary(rows), "events": self._gave_up(unit)}
+        tables = {table: rows, "vocabulary": self._vocabulary(rows), "events": self._gave_up(f"unit {unit.unit_id}")}
         return Done(unit.unit_id, tables, time.perf_counter() - started)
 
-    def _gave_up(self, unit: Unit) -> "pa.Table":
-        """Rows of table `events`: why anything of a unit took the slow way."""
+    def _gave_up(self, what: str) -> "pa.Table":
+        """Rows of table `events`: why anything took the slow way since this was last asked."""
         reasons = self._loaded().gave_up
         events = [
             {
                 "model_id": self.model.id,
                 "kind": "full",
-                "message": scrub(
-                    f"unit {unit.unit_id}, {times} batch{'es'[: 2 * (times > 1)]} by full forwards: {why}"
-                ),
+                "message": scrub(f"{what}, {times} batch{'es'[: 2 * (times > 1)]} by full forwards: {why}"),
                 "happened_at": datetime.now(UTC),
             }
             for why, times in Counter(reasons).items()

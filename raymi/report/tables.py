@@ -96,8 +96,8 @@ def per_model(store: Store, run: Manifest, failures: pl.DataFrame) -> pl.DataFra
         prompts where the answer comes first), engine (how it was measured: cone, layers, full), verified (what was
         measured twice), agreed (of those), verified_error, verified_tolerance and verified_effect (the largest
         difference, what would have been noise, and the largest effect, in logits), why_not_cone (found when the model
-        was loaded; empty where it is measured by the cone), fallbacks (units of which something took full forwards all
-        the same) and fallback (the first of them, and why), load_seconds, failures.
+        was loaded; empty where it is measured by the cone), fallbacks (how often something took full forwards all
+        the same) and fallback (the first time, and why), load_seconds, failures.
     """
     by = ["model_id", "experiment"]
 

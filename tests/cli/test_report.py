@@ -123,7 +123,9 @@ def test_what_took_full_forwards_says_why(tmp_path: Path) -> None:
                 run.add("events", slug(model), schemas.rows("events", [event | {"happened_at": datetime.now(UTC)}]))
         run.close("done")
     said = " ".join(call("report", "--store", tmp_path).output.split())
-    assert "org/mixed: of 2 units something took full forwards, such as unit 0, 1 batch by full forwards: flips" in said
+    assert (
+        "org/mixed: 2 times something took full forwards all the same: unit 0, 1 batch by full forwards: flips" in said
+    )
     assert "org/slow: cone: two streams" in said
     assert "org/fast:" not in said
 

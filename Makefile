@@ -5,6 +5,8 @@ VENV ?= .venv
 # A package index for torch alone, such as https://download.pytorch.org/whl/cpu for a machine without a GPU.
 TORCH_INDEX ?=
 STORE ?= results/demo
+# Processes that the tests are shared out among, file by file.
+PROCESSES ?= 2
 # Options of `python -m benchmarks.ablations` and of `python -m benchmarks.autoencoders`, such as --quick.
 BENCH ?=
 BENCH_SAES ?= $(filter --quick,$(BENCH))
@@ -69,7 +71,7 @@ demo: models
 
 test: $(VENV)/.test
 	@$(BIN)/python demo/models.py
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
 oracle: $(VENV)/.test
 	@$(BIN)/python demo/models.py

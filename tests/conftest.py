@@ -13,11 +13,11 @@ import pytest
 from demo.models import DEMO, DEMO_MODELS, cache_directory
 
 # Where things are on this machine is read before the environment is changed, and both before anything imports
-# huggingface_hub or ray, which read theirs when they are imported.
-DEMO_CACHE = cache_directory()
-USER_CACHE = Path(
-    os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub"
-).expanduser()
+# huggingface_hub or ray, which read theirs when they are imported. Processes among which pytest-xdist shares out the
+# tests inherit the changed environment, and what was read.
+_HUB = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub"
+DEMO_CACHE = Path(os.environ.setdefault("RAYMI_TESTS_DEMO_CACHE", str(cache_directory())))
+USER_CACHE = Path(os.environ.setdefault("RAYMI_TESTS_USER_CACHE", str(_HUB))).expanduser()
 HOME = Path(tempfile.mkdtemp(prefix="raymi-tests-"))
 atexit.register(shutil.rmtree, HOME, ignore_errors=True)
 

@@ -36,6 +36,13 @@ TEXTS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `models.make` sets for its own process stays within a test."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+
+
 def run(cache: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), "--cache-dir", str(cache), *arguments]
     return subprocess.run(

@@ -40,7 +40,7 @@ TEXTS = [
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `models.make` sets for its own process stays within a test."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("TQDM_DISABLE", "0")
+    monkeypatch.setenv("TQDM_DISABLE", "1")
 
 
 def run(cache: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -410,8 +410,9 @@ def drawn(
     return found
 
 
-COMPANY_FORWARDS = 4
-"""Full forwards that may be spent on the company of an ablation that is verified."""
+COMPANY_FORWARDS, COMPANY_PROMPTS = 2, 4
+"""Full forwards that may be spent on the company of an ablation that is verified, and prompts that it may be of: each
+has a clean run."""
 
 
 def company(
@@ -436,7 +437,8 @@ def company(
     alike = [p for p in prompts if len(p.token_ids) == cost.n_tokens and job.chooses(spec, p.prompt.id)]
     first = alike.index(prompt)
     rule = CutRule(unit_flops=COMPANY_FORWARDS * cost.full)
-    work = ((p, _work(spec, p, model, ())) for p in (*alike[first:], *alike[:first]))
+    near = (*alike[first:], *alike[:first])[:COMPANY_PROMPTS]
+    work = ((p, _work(spec, p, model, ())) for p in near)
     for block in _blocks(work, rule, _Price(spec, cost, full=False)):
         found = [(p, tuple(each for each in part if isinstance(each, Ablation))) for p, part in block]
         if any(p is prompt and ablation in part for p, part in found):
@@ -521,9 +523,15 @@ def estimate(
         rates.start_seconds
         + weights / rates.load_bytes
         + forwards * n_layers * rates.step_seconds
-        + sum(unit.flops for unit in units) / (EFFICIENCY * rates.flops)
+        + (sum(unit.flops for unit in units) + _verifying(job, model, prompts)) / (EFFICIENCY * rates.flops)
     )
     return Estimate(seconds, rates.process_bytes + weights + max(source, work + autoencoders), forwards)
+
+
+def _verifying(job: Job, model: CachedModel, prompts: Mapping[str, TokenizedPrompt]) -> int:
+    """Arithmetic of what is measured twice: two full forwards of a usual prompt, a clean run, and the company."""
+    usual = sum(full_forward_flops(model, len(p.token_ids)) for p in prompts.values()) // max(1, len(prompts))
+    return job.verify * (2 + 1 + COMPANY_FORWARDS) * usual
 
 
 def _kept_bytes(units: Sequence[Unit], prompts: Mapping[str, TokenizedPrompt], shape: Shape, rates: Rates) -> int:

@@ -16,6 +16,7 @@ from raymi.experiments.knockout.spec import Ablation, KnockoutSpec, ablation_id,
 from raymi.experiments.sae.spec import TABLES, Injection, SaeRef
 from raymi.job import Job, load_job, make_job
 from raymi.plan import (
+    COMPANY_FORWARDS,
     EFFICIENCY,
     Cost,
     CutRule,
@@ -379,7 +380,9 @@ def test_estimate() -> None:
     weights = 134_515_008 * 4
     assert found.forwards == 2  # the clean run, and one sweep of 30 ablations
     work = cut[0].flops / (EFFICIENCY * 1e11)
-    assert found.seconds == pytest.approx(3 + weights / 1e9 + 2 * 30 * 1e-3 + work)
+    twice = 8 * (2 + 1 + COMPANY_FORWARDS) * full_forward_flops(model(), 5) / (EFFICIENCY * 1e11)
+    assert found.seconds == pytest.approx(3 + weights / 1e9 + 2 * 30 * 1e-3 + work + twice)
+    assert estimate(job({"layers": "all"}, verify=0), model(), cut, texts, RATES).seconds < found.seconds - 0.9 * twice
     assert 500_000_000 + weights < found.peak_bytes < 2**31
     half = estimate(job({"layers": "all"}, dtype="bfloat16"), model(), cut, texts, RATES)
     assert found.peak_bytes - half.peak_bytes >= weights // 2
@@ -409,13 +412,17 @@ def test_what_is_verified_is_measured_in_the_company_of_its_unit() -> None:
     its = ablations(spec, texts[1], 30, 9)
     found = company(one, spec, shape, texts, texts[1], its[40])
     assert its[40] in {p.prompt.id: part for p, part in found}["b"]
-    assert 16 < sum(len(part) for _, part in found) <= 512
+    cost = Cost.of(shape, 5)
+    assert 8 < sum(len(part) for _, part in found) <= 512
+    assert sum(cost.cone(each) for _, part in found for each in part) <= 2 * cost.full
     assert "longer" not in [p.prompt.id for p, _ in found]
     # Others of its length make up for a prompt that has but few.
     few = job({"layers": 3})
     spec = few.experiments[0]
     together = company(few, spec, shape, texts, texts[1], ablations(spec, texts[1], 30, 9)[0])
     assert [p.prompt.id for p, _ in together] == ["b", "c", "a"]
+    many = [prompt(f"p{i}", start=i) for i in range(50)]
+    assert len(company(few, spec, shape, many, many[48], ablations(spec, many[48], 30, 9)[0])) == 4
     with pytest.raises(ValueError, match="does not measure"):
         company(few, spec, shape, texts, texts[1], its[40])
 

@@ -146,7 +146,7 @@ class Worker:
         return {
             "models": schemas.rows("models", [_describe(self.model, self.job.dtype, loaded)]),
             "verifications": schemas.rows("verifications", verified),
-            "events": self._gave_up("what was verified"),
+            "events": self._gave_up("before the first unit"),
         }
 
     def run(self, units: Sequence[Unit]) -> Iterator[Done | Failed]:
@@ -219,6 +219,7 @@ class Worker:
         records = self._measure_twice(engine)
         if self.job.on_mismatch == "full" and engine.way != "full" and not all(each["passed"] for each in records):
             engine.way = "full"
+            engine.gave_up.append(_mismatch(records))
             again = self._measure_twice(engine)
             _refuse_mismatch(self.model.id, again, records)
             return records + again
@@ -250,6 +251,7 @@ class Worker:
 
     def _measure(self, unit: Unit) -> Done:
         started = time.perf_counter()
+        self._loaded().gave_up.clear()  # what is left of a unit that failed
         spec = next(spec for spec in self.job.experiments if spec.name == unit.experiment)
         rows = self._knock_out(unit) if isinstance(spec, KnockoutSpec) else self._with_saes(spec, unit)
         table = "ablations" if isinstance(spec, KnockoutSpec) else spec.table
@@ -263,7 +265,7 @@ class Worker:
             {
                 "model_id": self.model.id,
                 "kind": "full",
-                "message": scrub(f"{what}, {times} batch{'es'[: 2 * (times > 1)]} by full forwards: {why}"),
+                "message": scrub(f"{what}: {why}" + (f" ({times} times)" if times > 1 else "")),
                 "happened_at": datetime.now(UTC),
             }
             for why, times in Counter(reasons).items()
@@ -337,14 +339,17 @@ class Worker:
 
 def _refuse_mismatch(model_id: str, records: list[dict[str, Any]], before: Sequence[dict[str, Any]] = ()) -> None:
     """Raises Mismatch when one of them has not passed; `before` is recorded with them."""
+    if not all(record["passed"] for record in records):
+        raise Mismatch(f"{model_id}: {_mismatch(records)}", [*before, *records])
+
+
+def _mismatch(records: Sequence[dict[str, Any]]) -> str:
     failed = [record for record in records if not record["passed"]]
-    if failed:
-        worst = max(record["max_logit_diff"] for record in failed)
-        raise Mismatch(
-            f"{model_id}: {len(failed)} of {len(records)} verified ablations differ from full forwards, by up to "
-            f"{worst:.1e} in the logits where {failed[0]['tolerance']:.1e} would be noise",
-            [*before, *records],
-        )
+    worst = max(record["max_logit_diff"] for record in failed)
+    return (
+        f"{len(failed)} of {len(records)} verified ablations differ from full forwards, by up to {worst:.1e} in the "
+        f"logits where {failed[0]['tolerance']:.1e} would be noise"
+    )
 
 
 def _describe(model: CachedModel, dtype: str, loaded: "Loaded") -> Mapping[str, Any]:

@@ -56,7 +56,8 @@ class Cone:
         self.first = first_query if prefix else 0
         self.inputs: list[Tensor] = []
         """Layer -> its clean input, [P, T - first, D]."""
-        self.weights = model.weights_now()
+        self.place = {tuple(ids): row for row, ids in enumerate(ids_PT.tolist())}
+        """Token ids -> which prompt that is."""
         self.beside: list[int | None] = []
         """Layer -> how many things it returns beside its hidden states; None where it returns no tuple."""
         self.states: dict[int, tuple[Tensor, Tensor]] = {}
@@ -84,16 +85,11 @@ class Cone:
         return sum(each.nbytes for each in (*self.inputs, *states, self.clean_PV))
 
     def places(self, ids_PT: Tensor, first_query: int, *, prefix: bool) -> list[int] | None:
-        """Which prompts of this clean run these are, if it has them all and keeps what such a query needs.
-
-        None also when a weight has changed since.
-        """
+        """Which prompts of this clean run these are, if it has them all and keeps what such a query needs."""
         if self.prefix != prefix or self.first > first_query or self.ids_PT.shape[1] != ids_PT.shape[1]:
             return None
-        place = {tuple(ids): row for row, ids in enumerate(self.ids_PT.tolist())}
-        found = [place.get(tuple(ids)) for ids in ids_PT.tolist()]
-        same = self.weights == self.model.weights_now()
-        return [row for row in found if row is not None] if same and None not in found else None
+        found = [self.place.get(tuple(ids)) for ids in ids_PT.tolist()]
+        return None if None in found else [row for row in found if row is not None]
 
     def _note(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         self.beside.append(returned_beside(output))
@@ -137,21 +133,22 @@ class Cone:
         rows = [cells[i] for i in indices]
         clean = self._clean_prompts(rows)
         hidden_BD, returned, fired_B, empty_B = self._sweep(rows, clean)
-        proofs: list[Tensor] = []
+        clean_CV = hidden_BD.new_empty(0)
         clean_error, n_clean = 0.0, len(clean)
         for begin, end in self._slices(len(hidden_BD)):
             logits_NV = self._unembed(hidden_BD[begin:end], returned)
             if begin < n_clean:
-                proofs.append(logits_NV[: n_clean - begin])
+                some_NV = logits_NV[: n_clean - begin]
+                clean_CV = torch.cat([clean_CV, some_NV]) if begin else some_NV
             if end <= n_clean:
                 continue
             if begin <= n_clean:
-                clean_error = self._prove(torch.cat(proofs), clean)
+                clean_error = self._prove(clean_CV, clean)
             first = max(begin, n_clean)
             part = rows[first - n_clean : end - n_clean]
             logits_AV = logits_NV[first - begin :]
             self._refuse_not_finite(logits_AV, part)
-            clean_PV, prompt_A = self._reference(part, clean, proofs)
+            clean_PV, prompt_A = self._reference(part, clean, clean_CV)
             yield Batch(
                 indices[first - n_clean : end - n_clean],
                 clean_PV,
@@ -170,15 +167,16 @@ class Cone:
         step = -(-n_rows // -(-n_rows // most))
         return ((begin, min(begin + step, n_rows)) for begin in range(0, n_rows, step))
 
-    def _reference(self, part: Sequence[Cell], clean: Sequence[int], proofs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def _reference(self, part: Sequence[Cell], clean: Sequence[int], clean_CV: Tensor) -> tuple[Tensor, Tensor]:
         """Clean logits that cells are compared with, [P, V], and which of them each is, [A]: rows of this very batch,
         where it has one of each prompt.
         """
         prompts = sorted({cell.prompt for cell in part})
-        own = set(prompts) <= set(clean)
-        place = {prompt: row for row, prompt in enumerate(clean if own else prompts)}
+        place = {prompt: row for row, prompt in enumerate(prompts)}
         prompt_A = torch.tensor([place[cell.prompt] for cell in part], device=self.model.device)
-        return (torch.cat(list(proofs)) if own else self.clean_PV[prompts]), prompt_A
+        if not set(prompts) <= set(clean):
+            return self.clean_PV[prompts], prompt_A
+        return (clean_CV if prompts == clean else clean_CV[[clean.index(each) for each in prompts]]), prompt_A
 
     def _prove(self, proof_CV: Tensor, clean: Sequence[int]) -> float:
         off = float((proof_CV - self.clean_PV[list(clean)]).abs().max())

@@ -1,8 +1,10 @@
 """Measuring ablations by the fastest way that is exact on a model, as many at a time as fit into memory."""
 
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,9 +60,12 @@ class Engine:
     limits: dict[tuple[Way, int, int], int] = field(default_factory=dict[tuple[Way, int, int], int])
     """(way, positions computed, positions attended to) -> rows at a time; halved when memory runs out."""
     cones: list[Cone] = field(default_factory=list[Cone])
-    """The last ones, the newest at the end: a clean run serves all units of its prompts, of all experiments."""
+    """The last ones, the newest at the end: a clean run serves all units of its prompts, of all experiments. To be
+    cleared when a weight has been changed."""
     gave_up: list[str] = field(default_factory=list[str])
-    """Why ablations that should have been measured by the way went through full forwards, one entry a batch."""
+    """Why sweeps were given up, and their ablations measured by full forwards. Whoever reads it may clear it."""
+    in_a_row: int = 0
+    """Sweeps that were given up one after another."""
     baselines: dict[tuple[str, int | None], Tensor] = field(default_factory=dict[tuple[str, int | None], Tensor])
     """(site, head or all of them) -> what is unembedded when the site is zero everywhere, [1, D]: where nothing of the
     text is left then, it is measured once."""
@@ -100,15 +105,24 @@ class Engine:
                 for batch in method.measure(cells, chosen):
                     done += len(batch.cells)
                     yield batch
+                self.in_a_row = 0
             except Exception as error:
                 if memory.is_out_of_memory(error):
                     self._halve(key, len(chosen), error)
-                elif isinstance(method, Full) or isinstance(error, NotFired):
-                    raise  # what does not fire is a mistake of raymi's
+                elif isinstance(method, Full) or _is_a_mistake(error):
+                    raise
                 else:
-                    self.gave_up.append(str(error))
-                    method = Full(self.model, method.ids_PT)
+                    method = self._give_up(method, error)
             group = group[done:]
+
+    def _give_up(self, method: Cone, error: Exception) -> Full:
+        """What serves in the place of a cone; for good when it has failed three times in a row."""
+        self.gave_up.append(f"{type(error).__name__}: {error}")
+        self.in_a_row += 1
+        if self.in_a_row == GIVEN_UP_FOR_GOOD:
+            self.way = "full"
+            self.gave_up.append(f"{GIVEN_UP_FOR_GOOD} sweeps in a row have failed: everything from now on")
+        return Full(self.model, method.ids_PT)
 
     def _prompts_at_once(self, ids_PT: Tensor, n_cells: int) -> int:
         (n_prompts, n_tokens), together = ids_PT.shape, self.capability.together
@@ -134,7 +148,7 @@ class Engine:
         if self.way == "full":
             return Full(self.model, ids_PT), cells
         first = min(cell.first_query for cell in cells)
-        for cone in self.cones:
+        for cone in reversed(self.cones):
             place = cone.places(ids_PT, first, prefix=self.way == "cone")
             if place is not None:
                 self.cones.remove(cone)
@@ -143,7 +157,7 @@ class Engine:
         try:
             made = self._clean_run(ids_PT, first)
         except (NoSuchPlace, NotFinite) as error:
-            self.gave_up.append(str(error))
+            self.gave_up.append(f"{type(error).__name__}: {error}")
             return Full(self.model, ids_PT), cells
         return None if made is None else (made, cells)
 
@@ -198,6 +212,19 @@ class Engine:
     def _empty_cache(self) -> None:
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+GIVEN_UP_FOR_GOOD = 3
+"""Sweeps in a row that fail before none is tried any more."""
+
+
+def _is_a_mistake(error: Exception) -> bool:
+    """Whether an exception is raymi's fault or the caller's, and not that of a family's code run in an unusual way."""
+    if isinstance(error, (NotFired, NoSuchPlace)):
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    ours = Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parents[1])
+    return ours and isinstance(error, (AssertionError, AttributeError, LookupError, NameError, TypeError))
 
 
 def _as_many_as_fit(method: Cone | Full, cells: Sequence[Cell], indices: Sequence[int], limit: int) -> list[int]:

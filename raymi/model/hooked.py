@@ -146,12 +146,6 @@ class HookedModel:
         """The layers that have attention, ascending; others are recurrent, convolutional or linear."""
         return [layer for layer, block in enumerate(self.blocks) if block.attention is not None]
 
-    def weights_now(self) -> tuple[tuple[int, int], ...]:
-        """What is another as soon as a weight has been changed in place, or another tensor put in its place."""
-        # A tensor that was made in inference mode counts no changes.
-        weights = self.model.parameters()
-        return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
-
     # -- forwards ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()

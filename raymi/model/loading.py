@@ -91,6 +91,7 @@ def load(
     raw = _read(path, name or path.name, DTYPES[dtype], trust_remote_code, allow_pickle)
     cast(nn.Module, raw).to(where)
     lay_out(raw)
+    memory.give_back()
     model = HookedModel(raw, name or path.name)
     seconds, started = time.perf_counter() - started, time.perf_counter()
     capability = measure_capability(model, check_length(raw.config.get_text_config(), longest))

@@ -310,6 +310,8 @@ def test_a_wrong_cone_gives_way_to_full_forwards_when_the_job_says_so(run: Run, 
     assert len(first) == len(second) == 8
     assert not first.all()
     assert second.all()
+    [message] = rows("events").filter(kind="full")["message"]
+    assert message.startswith(f"before the first unit: {(~first).sum()} of 8 verified ablations differ from full")
 
 
 def test_full_forwards_that_are_wrong_too_fail_the_model_all_the_same(run: Run, wrong_cone: None, monkeypatch):
@@ -357,7 +359,8 @@ def test_what_the_cone_cannot_serve_takes_full_forwards_and_is_told(run: Run, mo
     monkeypatch.setattr(Worker, "_measure", first_goes_wrong)
     assert run("--new").code == 0
     [message] = rows("events").filter(kind="full")["message"]
-    assert message.endswith("1 batch by full forwards: the experts went another way")
+    assert message.startswith("unit ")
+    assert message.endswith(": NotClean: the experts went another way")
     mixed = rows().filter(pl.col("run") != fast["run"][0]).sort("ablation_id")
     assert mixed["engine"].value_counts().sort("engine").rows() == [("cone", 4), ("full", 4)]
     assert ((fast["kl"] - mixed["kl"]).abs() / fast["kl"].clip(1.0)).max() < 1e-6

@@ -412,7 +412,7 @@ def _pattern(tap: Tap, layer: int, scores_KBGQS: Tensor, sinks_H: Tensor | None)
         pattern_KBGQS = torch.softmax(scores_KBGQS, -1, out=scores_KBGQS)
     else:
         pattern_KBGQS = torch.softmax(scores_KBGQS, -1, dtype=torch.float32)
-    if cut is not None and dead_N is not None:
+    if cut is not None and dead_N is not None and bool(dead_N.any()):
         row, head, query = cut.line_3N[:, dead_N]
         pattern_KBGQS[head // group, row, head % group, query] = 0.0
     return pattern_KBGQS

@@ -4,7 +4,8 @@ Legend: A ablations, B rows of a batch, T positions, V vocabulary.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -318,6 +319,9 @@ class Model:
         Raises:
             UserError: see `tokenize`; an axis says what cannot be, or what this model or prompt has not.
             NotFinite, NotFired, OutOfMemory: measuring failed; nothing is returned rather than a wrong number.
+
+        Warns:
+            UserWarning: something was measured by full forwards, which is slower, where the model's way is another.
         """
         axes = {"layers": layers, "heads": heads, "queries": queries, "keys": keys}
         given = _written(prompt, answer=answer, wrong=wrong, subject=subject)
@@ -325,6 +329,7 @@ class Model:
         read = self._read(job)
         work = units(job, job.experiments[0], self.cached, [read])
         self._check_past(len(read.token_ids))
+        self._start_anew()
         keeping = _KeepsLogits(self.engine)
         tables = [
             run(
@@ -338,6 +343,7 @@ class Model:
             )
             for unit in work
         ]
+        self._warn_of_full()
         frame = _with_texts(pa.concat_tables(tables), self.tokenizer, read.tokens, ("query", "key"))
         asked = [ablation for unit in work for _, ablations in unit.of(Ablation) for ablation in ablations]
         return Knockouts(read, _in_order(frame, asked), torch.cat(keeping.units) if keep_logits else None)
@@ -345,7 +351,7 @@ class Model:
     def sweep(
         self,
         prompt: str | Prompt,
-        ablations: Iterable[Intervention | Iterable[Intervention]],
+        ablations: sweep.Ablations,
         *,
         answer: str | None = None,
         wrong: str | None = None,
@@ -359,7 +365,7 @@ class Model:
         Args:
             prompt: a text, or a Prompt with answers of its own.
             ablations: each an intervention, or several that are applied together; see `raymi.interventions`. (What
-                `ablate` takes is one of these.)
+                `ablate` takes is one of these.) A single intervention is one ablation.
             answer: what should follow, with its leading blank; its logit, probability and rank are measured.
             wrong: another answer, to measure the first against.
             top_k: how many of the most changed tokens a row lists.
@@ -372,12 +378,16 @@ class Model:
             NoSuchPlace: an intervention names a site, layer, head or position that is not there, or its value does not
                 fit there.
             NotFinite, NotFired, OutOfMemory: measuring failed; nothing is returned rather than a wrong number.
+
+        Warns:
+            UserWarning: something was measured by full forwards, which is slower, where the model's way is another.
         """
         given = _written(prompt, answer=answer, wrong=wrong)
         # A job says what a prompt and its options may be; of its experiment nothing is measured.
         read = self._read(_job(self, given, {"layers": "all"}, top_k=top_k, bos=bos, chat_template=chat_template))
         cells = sweep.cells(self.hooked, read, ablations)
         self._check_past(len(read.token_ids))
+        self._start_anew()
         keeping = _KeepsLogits(self.engine)
         table = sweep.run(
             cast(Engine, keeping) if keep_logits else self.engine,
@@ -388,6 +398,7 @@ class Model:
             dtype=self.dtype,
             top_k=top_k,
         )
+        self._warn_of_full()
         frame = _with_texts(table, self.tokenizer, read.tokens, ("position",))
         return Sweep(read, frame, torch.cat(keeping.units) if keep_logits else None)
 
@@ -404,6 +415,25 @@ class Model:
             if engine.way == engine.capability.way:  # else another one was chosen, and stays
                 engine.way = capability.way
             engine.capability = capability
+
+    def _start_anew(self) -> None:
+        """Forgets what a call that failed has left, and clean runs: weights may have been changed since."""
+        self.engine.gave_up.clear()
+        self.engine.cones.clear()
+
+    def _warn_of_full(self) -> None:
+        """Says so when something did not go the model's way."""
+        reasons, way = self.engine.gave_up, self.engine.way
+        if not reasons:
+            return
+        many = f"{len(reasons)} batches of ablations were" if len(reasons) > 1 else "a batch of ablations was"
+        first = "the first " if len(reasons) > 1 else ""
+        warnings.warn(
+            f"{self.id}: {many} measured by full forwards, exact but slower, and not by the model's way ({way}); "
+            f"{first}because: {reasons[0]}",
+            stacklevel=3,  # where `knockout` or `sweep` was called
+        )
+        reasons.clear()
 
     def _fits(self, prompt: TokenizedPrompt) -> TokenizedPrompt:
         context = self.cached.context

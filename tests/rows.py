@@ -74,3 +74,16 @@ def failure(model: str = MODEL, **more: Any) -> pa.Table:
 def loaded(model: str = MODEL, **more: Any) -> pa.Table:
     record = {"model_id": model, "revision": REVISION, "n_layers": 3, "device": "cpu", "load_seconds": 1.5}
     return schemas.rows("models", [record | {"status": "ready", "loaded_at": MOMENT} | more])
+
+
+def verified(engine: str = "cone", *differences: float, model: str = MODEL, **more: Any) -> pa.Table:
+    """Ablations that were measured twice, one for each difference; those above 0.03 do not agree."""
+    record = {"model_id": model, "revision": REVISION, "prompt_id": "france", "engine": engine, "effect": 0.5}
+    record |= {"tolerance": 0.03, "measured_at": MOMENT} | more
+    return schemas.rows(
+        "verifications",
+        [
+            record | {"ablation_id": str(at), "max_logit_diff": difference, "passed": difference <= 0.03}
+            for at, difference in enumerate(differences)
+        ],
+    )

@@ -2,6 +2,7 @@ import math
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import raymi
 from raymi import Mask, Model, Prompt, UserError
 from raymi.heatmap import heatmap
 from raymi.interventions import Intervention, add, mean, replace, scale, zero
+from raymi.model.cone import NotClean
 from raymi.model.sites import NoSuchPlace, UnknownSite
 from tests.fakes import LLAMA, WORDS, add_model
 from tests.families import save
@@ -224,6 +226,22 @@ def test_sweep_of_a_demo_model_is_full_forwards(demo_cache: Path) -> None:
     check_sweep(raymi.load("raymi-demo/glassllm-en", cache_dir=demo_cache), TEXT, " Paris")
 
 
+def test_weights_may_be_changed_between_two_calls(cache: Path) -> None:
+    """Below the layer that is ablated, and in a way that no counter sees."""
+    model = raymi.load("org/tiny", cache_dir=cache)
+    cut = Mask(1, None, ((3, 0),))
+    before = model.sweep(TEXT, [cut], keep_logits=True)
+    model.hooked.model.get_submodule("model.layers.0.mlp.down_proj").get_parameter("weight").data.mul_(3)
+    for found in (
+        model.sweep(TEXT, [cut], keep_logits=True),
+        model.knockout(TEXT, layers=1, queries=3, keys=0, keep_logits=True),
+    ):
+        assert found.logits is not None
+        torch.testing.assert_close(found.logits[0], model.ablate(TEXT, cut).ablated.logits, atol=1e-4, rtol=0)
+        assert not torch.allclose(found.logits[0], before.logits[0], atol=1e-2)
+    assert set(found.frame["engine"]) == {"cone"}
+
+
 def test_sweep_says_what_it_changed(tiny: Model) -> None:
     found = tiny.sweep(
         Prompt("mine", TEXT, answer=" Paris", wrong=" Lima"),
@@ -279,9 +297,94 @@ def test_sweep_refuses_what_is_not_there_and_says_of_which(tiny: Model, ablation
         tiny.sweep(TEXT, [Mask(0, None, ((4, 0),)), [Mask(0, None, ((4, 0),)), ablation]])
 
 
-def test_sweep_refuses_a_value_that_does_not_fit(tiny: Model) -> None:
-    with pytest.raises(NoSuchPlace, match=r"shape \[3\] does not fit blocks\.1\.hook_mlp_out, which takes \[1, 16\]"):
-        tiny.sweep(TEXT, [add(1, "hook_mlp_out", (4,), torch.ones(3))])
+@pytest.mark.parametrize(
+    ("ablation", "message"),
+    [
+        (
+            add(1, "hook_mlp_out", (4,), torch.ones(3)),
+            r"shape \[3\] does not fit blocks\.1\.hook_mlp_out.*takes \[1, 16\]",
+        ),
+        (add(0, "hook_resid_pre", (3, 4), torch.ones(3, 16)), r"shape \[3, 16\] does not fit .*takes \[2, 16\]"),
+        (add(0, "hook_resid_pre", (4,), torch.ones(1, 1, 16)), r"shape \[1, 1, 16\] does not fit .*takes \[1, 16\]"),
+        (add(0, "attn.hook_z", (4,), torch.ones(3, 4)), r"shape \[3, 4\] does not fit .*takes \[1, 4, head width\]"),
+        (
+            add(0, "attn.hook_z", (4,), torch.ones(4, 4), (1, 2)),
+            r"shape \[4, 4\] does not fit .*takes \[1, 2, head width\]",
+        ),
+    ],
+)
+def test_sweep_refuses_a_value_that_does_not_fit_before_it_computes(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch, ablation: Intervention, message: str
+) -> None:
+    monkeypatch.setattr(tiny.engine, "cones", [])
+    monkeypatch.setattr(tiny.hooked, "run", lambda *_, **__: pytest.fail("computed"))
+    with pytest.raises(NoSuchPlace, match=f"^ablation 1: org/tiny: a value of {message}"):
+        tiny.sweep(TEXT, [Mask(0, None, ((4, 0),)), ablation])
+
+
+def test_sweep_refuses_a_value_that_is_not_as_wide_as_a_head(tiny: Model) -> None:
+    with pytest.raises(NoSuchPlace, match=r"shape \[3\] does not fit blocks\.1\.attn\.hook_z, which takes \[1, 4, 4\]"):
+        tiny.sweep(TEXT, [add(1, "attn.hook_z", (4,), torch.ones(3))])
+
+
+@pytest.mark.parametrize(
+    "value", [torch.tensor(2.0), torch.ones(1), torch.ones(16), torch.ones(1, 16), torch.ones(2, 1)]
+)
+def test_sweep_takes_values_of_every_shape_that_fits(tiny: Model, value: torch.Tensor) -> None:
+    one = add(1, "hook_mlp_out", (3, 4), value)
+    assert tiny.sweep(TEXT, one).frame["kl"][0] == pytest.approx(tiny.ablate(TEXT, one).kl, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("one", [zero(1, "hook_mlp_out", (4,)), Mask(1, None, ((4, 0),))], ids=["edit", "mask"])
+def test_sweep_of_a_single_intervention_is_one_ablation(tiny: Model, one: Intervention) -> None:
+    alone, listed = tiny.sweep(TEXT, one).frame, tiny.sweep(TEXT, [one]).frame
+    assert alone.height == 1
+    assert alone.equals(listed)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda model: model.knockout(TEXT, layers="all", queries="all"),
+        lambda model: model.sweep(TEXT, [Mask(layer, None, ((at, 0),)) for layer in (0, 1) for at in range(5)]),
+    ],
+    ids=["knockout", "sweep"],
+)
+def test_what_did_not_go_the_model_s_way_is_warned_of_once(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch, measure: Any
+) -> None:
+    flipped: list[str] = []
+
+    def flips(*_: object) -> Any:
+        flipped.append(f"its experts flip, {len(flipped)}")
+        raise NotClean(flipped[-1])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        exact = measure(tiny).frame["kl"].to_list()
+    with monkeypatch.context() as patched:
+        patched.setattr("raymi.model.cone.Cone.measure", flips)
+        with pytest.warns(UserWarning, match="measured by full forwards") as warned:
+            found = measure(tiny).frame
+    [warning] = warned
+    assert len(flipped) > 1
+    assert str(warning.message).startswith(f"org/tiny: {len(flipped)} batches of ablations were measured")
+    assert str(warning.message).endswith(
+        "not by the model's way (cone); the first because: NotClean: its experts flip, 0"
+    )
+    assert warning.filename == __file__
+    assert set(found["engine"]) == {"full"}
+    assert found["kl"].to_list() == pytest.approx(exact, rel=1e-3, abs=1e-6)
+    assert tiny.engine.gave_up == []
+
+
+def test_no_warning_is_of_a_call_that_failed_before(tiny: Model) -> None:
+    tiny.engine.gave_up.append("a value does not fit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny.knockout(TEXT)
+        tiny.engine.gave_up.append("a value does not fit")
+        tiny.sweep(TEXT, Mask(0, None, ((4, 0),)))
 
 
 # -- mistakes --------------------------------------------------------------------------------------------------------

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 @click.option(
     "--csv",
     type=click.Path(path_type=Path),
-    help="Write the tables into this folder: models.csv, layers.csv, failures.csv, and sae_*.csv for what was measured "
-    "with autoencoders; or the table of models, if it ends in .csv.",
+    help="Write the tables into this folder: models.csv, layers.csv, failures.csv, mismatches.csv where what was "
+    "measured twice did not agree, and sae_*.csv for what was measured with autoencoders; or the table of models, if "
+    "it ends in .csv.",
 )
 @click.option("--parquet", type=click.Path(path_type=Path), help="The same as Parquet.")
 def command(run: str | None, store_uri: str, as_json: bool, csv: Path | None, parquet: Path | None) -> None:
@@ -74,7 +75,7 @@ def lines(report: "Report", width: int) -> Iterator[str]:
         yield from _baselines(report.models, width)
         yield "\nhow they were measured; and how far what was measured twice differs, in logits"
         yield from _proofs(report.models, width)
-        for said in (*_slow(report.models), *_weak_proofs(report.models)):
+        for said in (*_mismatches(report.mismatches), *_slow(report.models), *_weak_proofs(report.models)):
             yield fill(said, width or 10_000, initial_indent="  ", subsequent_indent="    ")
     if not report.failures.is_empty():
         yield "\nfailed:"
@@ -172,6 +173,26 @@ def _proofs(models: "pl.DataFrame", width: int) -> list[str]:
         for model in models.unique("model_id", maintain_order=True).iter_rows(named=True)
     ]
     return table(header, rows, right=range(2, 7), width=width)
+
+
+_WAYS = {
+    "cone": "by the cone",
+    "layers": "from the ablated layer on",
+    "full": "by full forwards with raymi's attention",
+}
+
+
+def _mismatches(mismatches: "pl.DataFrame") -> Iterator[str]:
+    """Says what was verified in vain, and what came of it."""
+    for found in mismatches.iter_rows(named=True):
+        attempts = found["attempts"]
+        failed = "at an attempt that failed" if attempts == 1 else f"at {attempts} attempts that failed"
+        yield (
+            f"{found['model_id']}: {found['differed']} of {plural(found['verified'], 'ablation')} measured "
+            f"{_WAYS.get(found['engine'], 'by ' + found['engine'])} differed from full forwards of the family's own "
+            f"attention by up to {found['max_logit_diff']:.1e}"
+            + (", so it was measured by full forwards" if found["then"] == "full" else f" {failed}")
+        )
 
 
 def _slow(models: "pl.DataFrame") -> Iterator[str]:

@@ -219,7 +219,6 @@ class Worker:
         records = self._measure_twice(engine)
         if self.job.on_mismatch == "full" and engine.way != "full" and not all(each["passed"] for each in records):
             engine.way = "full"
-            engine.gave_up.append(_mismatch(records))
             again = self._measure_twice(engine)
             _refuse_mismatch(self.model.id, again, records)
             return records + again
@@ -339,17 +338,14 @@ class Worker:
 
 def _refuse_mismatch(model_id: str, records: list[dict[str, Any]], before: Sequence[dict[str, Any]] = ()) -> None:
     """Raises Mismatch when one of them has not passed; `before` is recorded with them."""
-    if not all(record["passed"] for record in records):
-        raise Mismatch(f"{model_id}: {_mismatch(records)}", [*before, *records])
-
-
-def _mismatch(records: Sequence[dict[str, Any]]) -> str:
     failed = [record for record in records if not record["passed"]]
-    worst = max(record["max_logit_diff"] for record in failed)
-    return (
-        f"{len(failed)} of {len(records)} verified ablations differ from full forwards, by up to {worst:.1e} in the "
-        f"logits where {failed[0]['tolerance']:.1e} would be noise"
-    )
+    if failed:
+        worst = max(record["max_logit_diff"] for record in failed)
+        raise Mismatch(
+            f"{model_id}: {len(failed)} of {len(records)} verified ablations differ from full forwards, by up to "
+            f"{worst:.1e} in the logits where {failed[0]['tolerance']:.1e} would be noise",
+            [*before, *records],
+        )
 
 
 def _describe(model: CachedModel, dtype: str, loaded: "Loaded") -> Mapping[str, Any]:

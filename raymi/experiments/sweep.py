@@ -11,9 +11,12 @@ from raymi.experiments.effects import Columns, measure, only
 from raymi.model.engine import Engine
 from raymi.model.full import Batch
 from raymi.model.hooked import Cell, HookedModel
-from raymi.model.interventions import Edit, Intervention, Mask
+from raymi.model.interventions import BY_HEAD, Edit, Intervention, Mask
 from raymi.model.sites import NoSuchPlace
 from raymi.prompts import TokenizedPrompt
+
+Ablations = Intervention | Iterable[Intervention | Iterable[Intervention]]
+"""Each an intervention, or several that are applied together; or a single one of a single intervention."""
 
 SCHEMA = pa.schema(
     [
@@ -42,16 +45,15 @@ SCHEMA = pa.schema(
 """One row an ablation, `ablation` being its place among those that were asked for."""
 
 
-def cells(
-    model: HookedModel, prompt: TokenizedPrompt, ablations: Iterable[Intervention | Iterable[Intervention]]
-) -> list[Cell]:
+def cells(model: HookedModel, prompt: TokenizedPrompt, ablations: Ablations) -> list[Cell]:
     """Ablations of a prompt as something to measure, each of them found possible on the model.
 
     Raises:
         UserError: there is none, or one without interventions.
-        NoSuchPlace: an intervention names a site, layer, head or position that is not there; says of which ablation.
+        NoSuchPlace: an intervention names a site, layer, head or position that is not there, or its value does not fit
+            there; says of which ablation.
     """
-    every = [together(one) for one in ablations]
+    every = [together(one) for one in ([ablations] if isinstance(ablations, Mask | Edit) else ablations)]
     if not every:
         raise UserError("there are no ablations to measure")
     for index, interventions in enumerate(every):
@@ -59,11 +61,31 @@ def cells(
             raise UserError(f"ablation {index} has no interventions, and would be the clean prompt")
         try:
             # Before anything is computed: the ways of measuring take it that every place is there.
-            with model.armed([interventions], len(prompt.token_ids)):
-                pass
+            model.refuse_missing(interventions, len(prompt.token_ids))
+            for one in interventions:
+                _refuse_misfit(model, one)
         except NoSuchPlace as error:
             raise NoSuchPlace(f"ablation {index}: {error}") from None
     return [Cell(0, interventions) for interventions in every]
+
+
+def _refuse_misfit(model: HookedModel, one: Intervention) -> None:
+    """Raises NoSuchPlace when an edit's value does not have the shape of what it changes."""
+    if not isinstance(one, Edit) or one.shift is None:
+        return
+    given, n = one.shift.shape, len(one.positions)
+    if one.site == BY_HEAD:
+        # How wide a head is here, only the run itself can tell.
+        n_heads = model.n_heads if one.heads is None else len(one.heads)
+        takes, written = (n, n_heads, *given[-1:]), f"[{n}, {n_heads}, head width]"
+    else:
+        takes = (n, model.hidden_size)
+        written = str(list(takes))
+    if len(given) > len(takes) or any(a not in (1, b) for a, b in zip(given[::-1], takes[::-1], strict=False)):
+        raise NoSuchPlace(
+            f"{model.name}: a value of shape {list(given)} does not fit blocks.{one.layer}.{one.site}, "
+            f"which takes {written}"
+        )
 
 
 def together(ablation: Intervention | Iterable[Intervention]) -> tuple[Intervention, ...]:
@@ -96,7 +118,8 @@ def run(
         A table of `SCHEMA`, in the order of `cells`.
 
     Raises:
-        NotFinite, NotFired, NotClean, OutOfMemory: from the model room; NoSuchPlace where a value does not fit.
+        NotFinite, NotFired, NotClean, OutOfMemory: from the model room; NoSuchPlace where a value is not as wide as a
+            head.
     """
 
     def about(batch: Batch) -> Columns:

@@ -64,8 +64,6 @@ class Engine:
     cleared when a weight has been changed."""
     gave_up: list[str] = field(default_factory=list[str])
     """Why sweeps were given up, and their ablations measured by full forwards. Whoever reads it may clear it."""
-    in_a_row: int = 0
-    """Sweeps that were given up one after another."""
     baselines: dict[tuple[str, int | None], Tensor] = field(default_factory=dict[tuple[str, int | None], Tensor])
     """(site, head or all of them) -> what is unembedded when the site is zero everywhere, [1, D]: where nothing of the
     text is left then, it is measured once."""
@@ -105,24 +103,15 @@ class Engine:
                 for batch in method.measure(cells, chosen):
                     done += len(batch.cells)
                     yield batch
-                self.in_a_row = 0
             except Exception as error:
                 if memory.is_out_of_memory(error):
                     self._halve(key, len(chosen), error)
                 elif isinstance(method, Full) or _is_a_mistake(error):
                     raise
-                else:
-                    method = self._give_up(method, error)
+                else:  # every sweep is tried: one that fails costs little beside the full forwards that follow
+                    self.gave_up.append(f"{type(error).__name__}: {error}")
+                    method = Full(self.model, method.ids_PT)
             group = group[done:]
-
-    def _give_up(self, method: Cone, error: Exception) -> Full:
-        """What serves in the place of a cone; for good when it has failed three times in a row."""
-        self.gave_up.append(f"{type(error).__name__}: {error}")
-        self.in_a_row += 1
-        if self.in_a_row == GIVEN_UP_FOR_GOOD:
-            self.way = "full"
-            self.gave_up.append(f"{GIVEN_UP_FOR_GOOD} sweeps in a row have failed: everything from now on")
-        return Full(self.model, method.ids_PT)
 
     def _prompts_at_once(self, ids_PT: Tensor, n_cells: int) -> int:
         (n_prompts, n_tokens), together = ids_PT.shape, self.capability.together
@@ -212,10 +201,6 @@ class Engine:
     def _empty_cache(self) -> None:
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-GIVEN_UP_FOR_GOOD = 3
-"""Sweeps in a row that fail before none is tried any more."""
 
 
 def _is_a_mistake(error: Exception) -> bool:

@@ -297,6 +297,13 @@ class HookedModel:
             {(head, edge) for its, mask in zip(heads, masks, strict=True) for head in its for edge in mask.edges}
         )
 
+    def refuse_missing(self, interventions: Sequence[Intervention], n_tokens: int) -> None:
+        """Raises NoSuchPlace for what an intervention names and the model, or a prompt of so many tokens, has not."""
+        for one in interventions:
+            self._refuse_missing(one, n_tokens)
+            if isinstance(one, Edit):
+                self._place(one.layer, one.site)
+
     def _refuse_missing(self, one: Intervention, n_tokens: int) -> None:
         if not 0 <= one.layer < self.n_layers:
             raise NoSuchPlace(f"{self.name}: layer {one.layer} of a model with layers 0 to {self.n_layers - 1}")

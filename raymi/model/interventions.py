@@ -8,7 +8,7 @@ Legend: D hidden size, W head width.
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from torch import Tensor
 
@@ -66,10 +66,19 @@ class Edit:
     """[D] at all positions alike, or [positions, D]; at `attn.hook_z` [W], [heads, W] or [positions, heads, W]."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what would change nothing, or something else than it says.
+        """Raises ValueError for what would change nothing, or something else than it says; TypeError for other types.
 
         What only a model can tell, such as whether there is the site, is found out when it is run.
         """
+        heads = () if self.heads is None else self.heads
+        for what, found, right in (
+            ("a layer is an int", self.layer, _is_index(self.layer)),
+            ("positions are a tuple of ints, such as (4,)", self.positions, _are_indices(self.positions)),
+            ("heads are a tuple of ints, such as (4,)", heads, _are_indices(heads)),
+            ("a value is a tensor", self.shift, self.shift is None or _is_tensor(self.shift)),
+        ):
+            if not right:
+                raise TypeError(f"{self}: {what}; found {found!r}")
         if nothing := _empty(positions=self.positions, heads=self.heads):
             raise ValueError(f"{self} changes nothing: it names no {nothing}")
         if self.heads is not None and self.site in EDITABLE and self.site != BY_HEAD:
@@ -115,6 +124,18 @@ def add(layer: int, site: str, positions: tuple[int, ...], value: Tensor, heads:
 def scale(layer: int, site: str, positions: tuple[int, ...], factor: float, heads: Heads = None) -> Edit:
     """The activation times `factor`."""
     return Edit(layer, site, positions, heads, factor, None)
+
+
+def _is_index(index: object) -> bool:
+    return isinstance(index, int) and not isinstance(index, bool)
+
+
+def _are_indices(indices: object) -> bool:
+    return isinstance(indices, tuple) and all(map(_is_index, cast(tuple[object, ...], indices)))
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
 
 
 def _empty(**named: Collection[object] | None) -> str | None:

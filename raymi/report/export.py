@@ -28,6 +28,7 @@ def as_record(report: Report) -> dict[str, Any]:
         "status": status(report.run, report.driven),
         "measured": report.measured,
         **{name: frame.to_dicts() for name, frame in _frames(report).items()},
+        "mismatches": report.mismatches.to_dicts(),
         **{name: frame.to_dicts() for name, frame in report.saes.tables.items()},
     }
 
@@ -35,7 +36,8 @@ def as_record(report: Report) -> dict[str, Any]:
 def write(report: Report, path: Path, kind: Format) -> list[Path]:
     """Writes the tables into the folder `path`, or the first as the file `path`.
 
-    They are `models`, `layers` and `failures`, and those of autoencoders (`sae_quality`, ...) that are not empty.
+    They are `models`, `layers` and `failures`, and of `mismatches` and those of autoencoders (`sae_quality`, ...) what
+    is not empty.
 
     Args:
         report: what to write.
@@ -52,8 +54,8 @@ def write(report: Report, path: Path, kind: Format) -> list[Path]:
     if path.suffix == suffix:
         files = {path: report.models}
     else:
-        saes = {name: frame for name, frame in report.saes.tables.items() if not frame.is_empty()}
-        frames = {**_frames(report), **saes}
+        others = {"mismatches": report.mismatches, **report.saes.tables}
+        frames = {**_frames(report), **{name: frame for name, frame in others.items() if not frame.is_empty()}}
         files = {path / f"{name}{suffix}": frame for name, frame in frames.items()}
     try:
         for file, frame in files.items():

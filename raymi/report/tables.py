@@ -7,6 +7,7 @@ import polars as pl
 from raymi.report import query
 from raymi.report.query import collect
 from raymi.report.saes import Saes, saes
+from raymi.report.verified import counted, mismatches
 from raymi.store import schemas
 from raymi.store.manifest import Manifest
 from raymi.store.reader import Store
@@ -25,6 +26,8 @@ class Report:
     """One row a model, experiment and group of layers: `per_layer`."""
     failures: pl.DataFrame
     """What failed and has not been mended since: `open_failures`."""
+    mismatches: pl.DataFrame
+    """What was measured twice and did not agree: `raymi.report.verified.mismatches`."""
     saes: Saes
     """What was measured with autoencoders."""
     measured: int
@@ -49,6 +52,7 @@ def report(store: Store, ref: str | None = None) -> Report:
         models=per_model(store, run, failures),
         layers=per_layer(store, run),
         failures=failures,
+        mismatches=mismatches(store, run),
         saes=saes(store, run),
         measured=query.measured(store, run),
     )
@@ -94,7 +98,8 @@ def per_model(store: Store, run: Manifest, failures: pl.DataFrame) -> pl.DataFra
         strongest_kl); and of the model, over all its experiments, also those with autoencoders: prompts (of which the
         next token was looked at), answer_prob (mean over prompts of the clean P(answer)), answer_top1 (share of the
         prompts where the answer comes first), engine (how it was measured: cone, layers, full), verified (what was
-        measured twice), agreed (of those), verified_error, verified_tolerance and verified_effect (the largest
+        measured twice when it was loaded, by the way it then went; what differed and was not gone on with is in
+        `mismatches`), agreed (of those), verified_error, verified_tolerance and verified_effect (the largest
         difference, what would have been noise, and the largest effect, in logits), why_not_cone (found when the model
         was loaded; empty where it is measured by the cone), fallbacks (how often something took full forwards all
         the same) and fallback (the first time, and why), load_seconds, failures.
@@ -141,19 +146,6 @@ def per_model(store: Store, run: Manifest, failures: pl.DataFrame) -> pl.DataFra
             pl.col("revision", "dtype").last(), pl.when(pl.col("engine").count() > 0).then(engines).alias("engine")
         )
 
-    def verified() -> pl.LazyFrame:
-        return (
-            store.scan("verifications", run.run)
-            .group_by("model_id")
-            .agg(
-                pl.len().cast(pl.Int64).alias("verified"),
-                pl.col("passed").sum().cast(pl.Int64).alias("agreed"),
-                pl.col("max_logit_diff").max().alias("verified_error"),
-                pl.col("tolerance").max().alias("verified_tolerance"),
-                pl.col("effect").max().alias("verified_effect"),
-            )
-        )
-
     def loads() -> pl.LazyFrame:
         ready = store.scan("models", run.run).filter(pl.col("load_seconds").is_not_null())
         why = pl.col("capability").str.json_path_match("$.why").alias("why_not_cone")
@@ -171,7 +163,14 @@ def per_model(store: Store, run: Manifest, failures: pl.DataFrame) -> pl.DataFra
     known = [*run.commits, *rows["model_id"], *failures["model_id"].drop_nulls()]
     failed = failures.group_by("model_id").agg(pl.len().cast(pl.Int64).alias("failures"))
     everyone = pl.DataFrame({"model_id": list(dict.fromkeys(known))}, schema={"model_id": pl.String()})
-    for each in (rows, collect(baseline), collect(loads), collect(verified), collect(fell_back), failed):
+    for each in (
+        rows,
+        collect(baseline),
+        collect(loads),
+        collect(lambda: counted(store, run)),
+        collect(fell_back),
+        failed,
+    ):
         everyone = everyone.join(each, on="model_id", how="left")
     counts = pl.col("ablations", "failures", "fallbacks").fill_null(0)
     table = everyone.join(found, on="model_id", how="left").with_columns(counts)

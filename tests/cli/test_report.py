@@ -1,7 +1,7 @@
 import json
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from raymi.cli.text import bars
 from raymi.errors import UserError
 from raymi.store import schemas
 from raymi.store.layout import slug
-from tests.rows import cell, failure, loaded, take
+from tests.rows import MOMENT, cell, failure, loaded, take, verified
 from tests.sae_rows import Tokens, ablated, injected, moved, seen, text
 
 RUN = "heads-1a2b3c4d"
@@ -92,23 +92,48 @@ def test_verification_that_proves_little_says_so(tmp_path: Path) -> None:
             run.manifest.freeze_commits({model: "0" * 40})
             run.add("models", slug(model), loaded(model))
             run.add("ablations", slug(model), schemas.rows("ablations", [cell(f"{model}0", 0, 0, model=model)]))
-            twice = {
-                **{"ablation_id": "x", "model_id": model, "revision": "0" * 40, "prompt_id": "p", "engine": "cone"},
-                **{
-                    "max_logit_diff": 0.01,
-                    "effect": effect,
-                    "tolerance": 0.03,
-                    "passed": True,
-                    "measured_at": datetime.now(UTC),
-                },
-            }
-            run.add("verifications", slug(model), schemas.rows("verifications", [twice]))
+            run.add("verifications", slug(model), verified("cone", 0.01, model=model, effect=effect))
         run.close("done")
     said = call("report", "--store", tmp_path).output
     assert "off by  noise to  effects to" in said
     assert "1.0e-02   3.0e-02      0.5000" in said
     assert "org/half: no effect that was measured twice is larger than noise" in said
     assert "org/plain: no effect" not in said
+
+
+def test_verification_that_failed_is_told_apart_from_what_rows_rest_on(tmp_path: Path) -> None:
+    store = raymi.store.open(str(tmp_path))
+    minute = timedelta(minutes=1)
+    later = MOMENT + minute
+    with take(store, RUN) as run:
+        for model, engine in (("org/full", "full"), ("org/again", "cone"), ("org/twice", "cone")):
+            run.manifest.freeze_commits({model: "0" * 40})
+            run.add("ablations", slug(model), schemas.rows("ablations", [cell(model, 0, model=model, engine=engine)]))
+            run.add("verifications", slug(model), verified("cone", 0.25, 0.2, 0.01, model=model))
+            if engine == "cone":
+                run.add("failures", slug(model), failure(model))
+            run.add("verifications", slug(model), verified(engine, 0.01, 0.02, model=model, measured_at=later))
+            run.add("models", slug(model), loaded(model, loaded_at=later))
+        run.add("verifications", "twice", verified("cone", 0.5, model="org/twice", measured_at=later + 2 * minute))
+        run.add("failures", "twice", failure("org/twice", failed_at=later + 2 * minute))
+        run.close("done")
+    said = call("report", "--store", tmp_path).output
+    lines = [line.split() for line in said.splitlines()]
+    assert ["org/full", "full", "2", "2", "2.0e-02", "3.0e-02", "0.5000"] in lines
+    assert ["org/again", "cone", "2", "2", "2.0e-02", "3.0e-02", "0.5000"] in lines
+    said = " ".join(said.split())
+    differed = "ablations measured by the cone differed from full forwards of the family's own attention by up to"
+    assert f"org/full: 2 of 3 {differed} 2.5e-01, so it was measured by full forwards" in said
+    assert f"org/again: 2 of 3 {differed} 2.5e-01 at an attempt that failed" in said
+    assert f"org/twice: 3 of 4 {differed} 5.0e-01 at 2 attempts that failed" in said
+    record = json.loads(call("report", "--store", tmp_path, "--json").output)
+    assert [(each["model_id"], each["then"]) for each in record["mismatches"]] == [
+        ("org/again", "failed"),
+        ("org/full", "full"),
+        ("org/twice", "failed"),
+    ]
+    assert call("report", "--store", tmp_path, "--csv", tmp_path / "out").exit_code == 0
+    assert pl.read_csv(tmp_path / "out" / "mismatches.csv")["differed"].to_list() == [2, 2, 3]
 
 
 def test_what_took_full_forwards_says_why(tmp_path: Path) -> None:

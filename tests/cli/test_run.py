@@ -16,6 +16,7 @@ import torch
 import raymi.store
 from raymi.cli.main import main
 from raymi.model.loading import BadWeights
+from raymi.report import tables
 from tests.fakes import LLAMA, add_model, llama_shapes, safetensors
 from tests.families import save
 
@@ -300,6 +301,8 @@ def test_verification_finds_a_cone_that_went_wrong(run: Run, wrong_cone: None):
     verified = rows("verifications")
     assert verified.height == 8
     assert not verified["passed"].all()
+    [differed] = tables.report(raymi.store.open("store")).mismatches.rows(named=True)
+    assert (differed["engine"], differed["then"], differed["verified"]) == ("cone", "failed", 8)
 
 
 def test_a_wrong_cone_gives_way_to_full_forwards_when_the_job_says_so(run: Run, wrong_cone: None):
@@ -310,8 +313,11 @@ def test_a_wrong_cone_gives_way_to_full_forwards_when_the_job_says_so(run: Run, 
     assert len(first) == len(second) == 8
     assert not first.all()
     assert second.all()
-    [message] = rows("events").filter(kind="full")["message"]
-    assert message.startswith(f"before the first unit: {(~first).sum()} of 8 verified ablations differ from full")
+    report = tables.report(raymi.store.open("store"))
+    assert report.models.select("engine", "verified", "agreed").rows() == [("full", 8, 8)]
+    [differed] = report.mismatches.rows(named=True)
+    assert (differed["engine"], differed["then"], differed["verified"]) == ("cone", "full", 8)
+    assert differed["differed"] == (~first).sum()
 
 
 def test_full_forwards_that_are_wrong_too_fail_the_model_all_the_same(run: Run, wrong_cone: None, monkeypatch):

@@ -23,6 +23,7 @@ from raymi.model.hooked import Cell, HookedModel, NotFinite, NotFired
 from raymi.model.interventions import Edit, Mask, add, mean, scale, zero
 from raymi.model.interventions import replace as patch
 from raymi.model.loading import Loaded
+from raymi.model.sites import NoSuchPlace
 from tests import families, oracles
 from tests.families import CONFIGS, ODD, PROMPT, WINDOW, Build, build, prompt
 from tests.model import cells as drawn
@@ -490,10 +491,22 @@ def test_what_the_cone_cannot_serve_takes_full_forwards_and_says_so(
     batches = list(its.ablations(request.ids_PT, request.cells))
     assert {batch.way for batch in batches} == {"full"}
     assert its.gave_up
-    assert all(
-        ("a clean row of a batch differs" if why == "not clean" else "does not bear it") in e for e in its.gave_up
-    )
+    said = "a clean row of a batch differs" if why == "not clean" else "does not bear it"
+    assert all(said in each for each in its.gave_up)
     same(measure(its, request), plenty)
+    assert its.way == way
+
+
+def test_a_mistake_of_raymis_or_of_the_caller_is_not_mended_by_a_full_forward(
+    engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+):
+    its = engine()
+    with pytest.raises(NoSuchPlace, match="head 9"):
+        list(its.ablations(prompt(), [Cell(0, (Mask(1, (9,), ((LAST, 0),)),))]))
+    monkeypatch.delattr(cone, "UNEMBEDDED")
+    with pytest.raises(NameError, match="UNEMBEDDED"):
+        list(its.ablations(prompt(), [Cell(0, STEPS[0].interventions)]))
+    assert not its.gave_up
 
 
 def test_a_clean_row_that_is_not_a_number_is_not_clean(engine: Callable[..., Engine]):

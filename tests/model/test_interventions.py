@@ -55,6 +55,26 @@ def test_an_edit_that_changes_nothing_or_something_else_cannot_be_made(wrong: di
         )
 
 
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: zero(3, "hook_mlp_out", 4), r"positions are a tuple of ints, such as \(4,\); found 4"),
+        (lambda: zero(3, "hook_mlp_out", [4]), r"positions are a tuple of ints.*; found \[4\]"),
+        (lambda: zero(3, "hook_mlp_out", (4.0,)), r"positions are a tuple of ints.*; found \(4\.0,\)"),
+        (lambda: zero(3, "hook_mlp_out", (True,)), r"positions are a tuple of ints.*; found \(True,\)"),
+        (lambda: zero(3, "hook_mlp_out", "4"), "positions are a tuple of ints.*; found '4'"),
+        (lambda: zero(3, "attn.hook_z", (4,), 2), "heads are a tuple of ints.*; found 2"),
+        (lambda: zero(3, "attn.hook_z", (4,), ("2",)), r"heads are a tuple of ints.*; found \('2',\)"),
+        (lambda: zero("3", "hook_mlp_out", (4,)), "a layer is an int; found '3'"),
+        (lambda: add(3, "hook_mlp_out", (4,), 1.0), "a value is a tensor; found 1.0"),
+        (lambda: replace(3, "hook_mlp_out", (4,), [1.0]), r"a value is a tensor; found \[1\.0\]"),
+    ],
+)
+def test_an_edit_of_other_types_is_refused_in_words(make: Any, why: str):
+    with pytest.raises(TypeError, match=rf"^Edit\(.*: {why}$"):
+        make()
+
+
 @pytest.mark.parametrize("site", [site for site in EDITABLE if site != "attn.hook_z"])
 def test_heads_are_refused_where_they_would_be_passed_over(site: str):
     value = torch.zeros(8)

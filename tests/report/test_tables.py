@@ -13,7 +13,7 @@ from raymi.store import schemas
 from raymi.store.layout import slug
 from raymi.store.reader import Store
 from raymi.store.writer import Run
-from tests.rows import MODEL, MOMENT, cell, failure, loaded, take
+from tests.rows import MODEL, MOMENT, cell, failure, loaded, take, verified
 
 
 @pytest.fixture
@@ -220,3 +220,141 @@ def test_files_that_were_merged_meanwhile_are_looked_up_again(store: Store, monk
 
     monkeypatch.setattr(store, "scan", merged_after_planning)
     assert only(tables.report(store).models)["ablations"] == 3
+
+
+# -- what was measured twice -------------------------------------------------------------------------------------------
+
+
+def after(minutes: float) -> Any:
+    return MOMENT + timedelta(minutes=minutes)
+
+
+def tried(minutes: float, *verifications: pa.Table, good: bool) -> list[tuple[str, pa.Table]]:
+    """A load that ended then, and what was verified at it."""
+    end = ("models", loaded(loaded_at=after(minutes))) if good else ("failures", failure(failed_at=after(minutes)))
+    return [*(("verifications", each) for each in verifications), end]
+
+
+BAD, GOOD = (0.25, 0.2, 0.01), (0.01, 0.02, 0.001)
+
+
+@pytest.mark.parametrize(
+    ("loads", "rows", "line", "differed"),
+    [
+        (tried(1, verified("cone", *GOOD), good=True), ["cone"], (3, 3, 0.02), []),
+        (
+            tried(1, verified("cone", *BAD), verified("full", *GOOD), good=True),
+            ["full"],
+            (3, 3, 0.02),
+            [("cone", "full", 1, 3, 2, 0.25)],
+        ),
+        (
+            [
+                *tried(1, verified("cone", *BAD), good=False),
+                *tried(3, verified("cone", *GOOD, measured_at=after(2)), good=True),
+            ],
+            ["cone"],
+            (3, 3, 0.02),
+            [("cone", "failed", 1, 3, 2, 0.25)],
+        ),
+        (
+            [
+                *tried(1, verified("cone", *GOOD), good=True),
+                *tried(3, verified("cone", *BAD, measured_at=after(2)), good=False),
+            ],
+            ["cone"],
+            (3, 3, 0.02),
+            [("cone", "failed", 1, 3, 2, 0.25)],
+        ),
+        (
+            [
+                *tried(1, verified("cone", *BAD), good=False),
+                *tried(
+                    3,
+                    verified("cone", *BAD, measured_at=after(2)),
+                    verified("full", 0.5, measured_at=after(2)),
+                    good=False,
+                ),
+            ],
+            [],
+            (None, None, None),
+            [("cone", "failed", 2, 6, 4, 0.25), ("full", "failed", 1, 1, 1, 0.5)],
+        ),
+        (
+            [
+                *tried(1, verified("cone", *GOOD), good=True),
+                *tried(
+                    3,
+                    verified("cone", *BAD, measured_at=after(2)),
+                    verified("full", *GOOD, measured_at=after(2)),
+                    good=True,
+                ),
+            ],
+            ["cone", "full"],
+            (6, 6, 0.02),
+            [("cone", "full", 1, 3, 2, 0.25)],
+        ),
+        (
+            [
+                *tried(2, verified("cone", *GOOD), good=True),
+                *tried(2.5, verified("cone", *GOOD, measured_at=after(1.5)), good=True),
+                *tried(3, verified("cone", 0.005, measured_at=after(2.2)), good=True),
+            ],
+            ["cone"],
+            (7, 7, 0.02),
+            [],
+        ),
+        (
+            tried(1, verified("cone", *GOOD), verified("layers", 0.01), verified("full", 0.02), good=True),
+            ["cone"],
+            (5, 5, 0.02),
+            [],
+        ),
+        (
+            [
+                *tried(2, verified("cone", *GOOD), good=True),
+                *tried(3, verified("cone", 0.25, measured_at=after(1)), good=False),
+            ],
+            ["cone"],
+            (3, 3, 0.02),
+            [("cone", "failed", 1, 1, 1, 0.25)],
+        ),
+    ],
+    ids=[
+        "all agreed",
+        "gave way to full forwards",
+        "failed, and was good later",
+        "was good, and failed later",
+        "failed twice",
+        "was good, and later gave way to full forwards",
+        "three replicas, two of them at once",
+        "experiments that go different ways",
+        "two replicas at once, one of which failed",
+    ],
+)
+def test_a_model_s_line_has_what_its_rows_rest_on(
+    store: Store, loads: list[tuple[str, pa.Table]], rows: list[str], line: Any, differed: list[Any]
+) -> None:
+    with take(store) as run:
+        run.manifest.freeze_commits({MODEL: "r"})
+        put(run, *(cell(engine, 0, engine=engine) for engine in rows))
+        run.add("verifications", "other", verified("cone", 0.03, 0.125, model="org/other"))
+        run.add("models", "other", loaded("org/other"))
+        for table, data in loads:
+            run.add(table, slug(MODEL), data)
+        run.close("failed")
+    report = tables.report(store)
+    row = only(report.models.filter(model_id=MODEL))
+    assert (row["verified"], row["agreed"], row["verified_error"]) == line
+    found = report.mismatches.filter(model_id=MODEL)
+    asked = ["engine", "then", "attempts", "verified", "differed", "max_logit_diff"]
+    assert found.select(asked).rows() == differed
+
+
+def test_without_verifications_there_is_nothing_that_differs(store: Store) -> None:
+    with take(store) as run:
+        put(run, cell("a", 0))
+        run.close("done")
+    report = tables.report(store)
+    assert only(report.models)["verified"] is None
+    assert report.mismatches.is_empty()

@@ -113,10 +113,15 @@ def confirm_layers(spec: KnockoutSpec, n_layers: int, planned: Sequence[int] | N
     """
     if _layer_groups(spec, n_layers, planned) != _layer_groups(spec, n_layers, found):
         understood = "all layers" if planned is None else f"layers {_listed(planned)}"
+        # By index, too, only layers can be named that the config.json is understood to give attention.
+        if planned is None or set(found) <= set(planned):
+            hint = "Name layers by index in an experiment for this model."
+        else:
+            hint = "Not all of them can be named, even by index: please report it to raymi with the config.json."
         raise UserError(
             f"experiment {spec.name!r}: layers: config.json was understood to say that {understood} have attention, "
             f"but in the loaded model it is layers {_listed(found)} that have",
-            hint="Name layers by index in an experiment for this model.",
+            hint=hint,
         )
 
 

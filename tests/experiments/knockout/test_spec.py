@@ -146,6 +146,24 @@ def test_a_loaded_model_that_would_be_cut_elsewhere(value: Any, planned: Any, fo
     confirm_layers(spec(layers=value), L, planned, planned or range(L))
 
 
+@pytest.mark.parametrize(
+    ("planned", "found", "named"),
+    [(None, SOME, True), ((2, 3, 7), (2, 7), True), ((2, 3), SOME, False), ((2, 3), (2, 7), False)],
+    ids=str,
+)
+def test_naming_layers_by_index_is_advised_only_where_that_helps(planned: Any, found: Any, named: bool) -> None:
+    with pytest.raises(UserError) as error:
+        confirm_layers(spec(layers="all"), L, planned, found)
+    assert ("Name layers by index" in str(error.value.hint)) == named
+    assert ("report it to raymi with the config.json" in str(error.value.hint)) != named
+    by_index = spec(layers=list(found))
+    if named:
+        confirm_layers(by_index, L, planned, found)
+    else:
+        with pytest.raises(UserError, match="7 has no attention to cut; layers 2, 3 have"):
+            check(by_index, L, H, planned)
+
+
 def test_a_loaded_model_is_not_refused_for_layers_that_nothing_asks_for() -> None:
     confirm_layers(spec(layers=[2, 7]), L, None, SOME)
     with pytest.raises(UserError, match="layers: 4 has no attention to cut; layers 2, 3, 7 have"):

@@ -449,6 +449,7 @@ def test_what_cannot_be_opened(cache: Path, id: str, options: dict[str, str], me
         raymi.load(id, cache_dir=cache, **options)  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 @pytest.mark.oracle
 def test_demo_model_gives_the_known_numbers(demo_cache: Path) -> None:
     """The figures were computed by eager attention with an edited mask, in another program."""
@@ -460,6 +461,7 @@ def test_demo_model_gives_the_known_numbers(demo_cache: Path) -> None:
     assert row["logit_diff"] == pytest.approx(0.93340, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_readme_shows_what_a_notebook_gives(demo_cache: Path) -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     readme = readme[readme.index("In a notebook, without Ray:") : readme.index("## Sparse autoencoders")]

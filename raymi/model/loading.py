@@ -87,6 +87,7 @@ def load(
     torch.backends.cudnn.allow_tf32 = False
     memory.keep_what_is_freed()
     where = pick_device(device)
+    memory.give_back()  # what an earlier model has left is no part of what is in use
     before, started = memory.snapshot(where), time.perf_counter()
     raw = _read(path, name or path.name, DTYPES[dtype], trust_remote_code, allow_pickle)
     cast(nn.Module, raw).to(where)

@@ -161,6 +161,7 @@ def kill_and_go_on(bench: Bench, store: str, hows: list[str], rng: random.Random
     return agents
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_four_kills(bench):
     seed = random.randrange(2**32)

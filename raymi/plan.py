@@ -498,8 +498,15 @@ def estimate(
     """
     size, n_layers = _BYTES[job.dtype], model.n_layers or 1
     hidden, vocabulary = model.hidden_size or 0, model.vocab_size or 0
-    inner = model.intermediate_size or 4 * hidden
-    shape = Shape(model.n_heads or 1, hidden, inner, vocabulary, size, n_layers, _key_width(model))
+    shape = Shape(
+        n_heads=model.n_heads or 1,
+        hidden_size=hidden,
+        intermediate_size=model.intermediate_size or 4 * hidden,
+        vocab_size=vocabulary,
+        itemsize=size,
+        n_layers=n_layers,
+        key_width=_key_width(model),
+    )
     weights = (model.parameters or model.size_on_disk // 2) * size
     full = job.engine == "full"
     specs = {spec.name: spec for spec in job.experiments}
@@ -514,7 +521,9 @@ def estimate(
     kept = 0 if full else _kept_bytes(units, prompts, shape, rates)
     processor = "cpu" if rates.device == "cpu" else "gpu"
     logits = min(UNEMBEDDED[processor], max((unit.n_ablations for unit in units), default=0) * vocabulary) * 4
-    largest = max(widest, reference_bytes(shape, longest) if job.verify else 0)
+    # The check at load, and the clean run of the longest prompt, go through whole forwards whatever the rest needs.
+    whole = reference_bytes(shape, longest) if job.verify else row_bytes(shape, longest, longest)
+    largest = max(widest, whole)
     work = kept + largest + (0 if full else 2 * logits) + 6 * 4 * METRIC_SLICE[processor]
     autoencoders = _sae_bytes(units, hidden)
     # While it loads, a process on the CPU also holds the file that the weights are converted from.

@@ -35,7 +35,6 @@ def command(models: tuple[str, ...], cache_dir: Path | None, as_json: bool) -> N
 def record(model: CachedModel) -> dict[str, object]:
     """A model as plain JSON values."""
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
-    del fields["attention_layers"]  # for plans: what scripts read from here stays as it is
     return {**fields, "path": str(model.path), "runnable": model.runnable}
 
 

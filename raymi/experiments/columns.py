@@ -1,4 +1,4 @@
-"""The columns that say what a change did to the next-token distribution, alike in every table that has them."""
+"""What a change did to the next-token distribution, and how that was measured: alike in every table that says it."""
 
 import pyarrow as pa
 
@@ -28,3 +28,10 @@ EFFECTS: tuple[tuple[str, pa.DataType], ...] = (
     ),
 )
 """Ranks count from 0; probabilities are of the last position."""
+
+HOW: tuple[tuple[str, pa.DataType], ...] = (
+    # Entries that were changed, the way that was taken, and how far off its clean rows came out, in logits.
+    ("fired", pa.int32()),
+    ("engine", pa.string()),
+    ("clean_error", pa.float64()),
+)

@@ -6,8 +6,9 @@ import pyarrow as pa
 import torch
 
 from raymi.errors import UserError
-from raymi.experiments.columns import EFFECTS
+from raymi.experiments.columns import EFFECTS, HOW
 from raymi.experiments.effects import Columns, measure, only
+from raymi.model.editing import fitted
 from raymi.model.engine import Engine
 from raymi.model.full import Batch
 from raymi.model.hooked import Cell, HookedModel
@@ -35,11 +36,8 @@ SCHEMA = pa.schema(
         ("head", pa.int16()),
         ("position", pa.int32()),
         *EFFECTS,
-        # How it was measured.
         ("empty_rows", pa.int32()),
-        ("fired", pa.int32()),
-        ("engine", pa.string()),
-        ("clean_error", pa.float64()),
+        *HOW,
     ]
 )
 """One row an ablation, `ablation` being its place among those that were asked for."""
@@ -73,19 +71,13 @@ def _refuse_misfit(model: HookedModel, one: Intervention) -> None:
     """Raises NoSuchPlace when an edit's value does not have the shape of what it changes."""
     if not isinstance(one, Edit) or one.shift is None:
         return
-    given, n = one.shift.shape, len(one.positions)
+    n = len(one.positions)
     if one.site == BY_HEAD:
         # How wide a head is here, only the run itself can tell.
         n_heads = model.n_heads if one.heads is None else len(one.heads)
-        takes, written = (n, n_heads, *given[-1:]), f"[{n}, {n_heads}, head width]"
+        fitted(one, one.shift, (n, n_heads, *one.shift.shape[-1:]))
     else:
-        takes = (n, model.hidden_size)
-        written = str(list(takes))
-    if len(given) > len(takes) or any(a not in (1, b) for a, b in zip(given[::-1], takes[::-1], strict=False)):
-        raise NoSuchPlace(
-            f"{model.name}: a value of shape {list(given)} does not fit blocks.{one.layer}.{one.site}, "
-            f"which takes {written}"
-        )
+        fitted(one, one.shift, (n, model.hidden_size))
 
 
 def together(ablation: Intervention | Iterable[Intervention]) -> tuple[Intervention, ...]:
@@ -118,8 +110,7 @@ def run(
         A table of `SCHEMA`, in the order of `cells`.
 
     Raises:
-        NotFinite, NotFired, NotClean, OutOfMemory: from the model room; NoSuchPlace where a value is not as wide as a
-            head.
+        NotFinite, NotFired, OutOfMemory: from the model room; NoSuchPlace where a value is not as wide as a head.
     """
 
     def about(batch: Batch) -> Columns:

@@ -95,13 +95,7 @@ class SiteEdits:
         if edit.shift is None:
             return x.new_zeros(n * n_heads, width)
         shape = (n, n_heads, width) if self.by_head else (n, width)
-        try:
-            return edit.shift.to(x).broadcast_to(shape).reshape(-1, width)
-        except RuntimeError:
-            raise NoSuchPlace(
-                f"a value of shape {list(edit.shift.shape)} does not fit blocks.{edit.layer}.{edit.site}, "
-                f"which takes {list(shape)}"
-            ) from None
+        return fitted(edit, edit.shift.to(x), shape).reshape(-1, width)
 
     # -- as hooks ----------------------------------------------------------------------------------------------------
 
@@ -114,6 +108,17 @@ class SiteEdits:
         # Some families flatten rows and positions in front of their experts.
         changed = self.apply(x.reshape(-1, self.n_positions, x.shape[-1])).view(x.shape)
         return changed if isinstance(output, Tensor) else (changed, *output[1:])
+
+
+def fitted(edit: Edit, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An edit's value as a view of this shape; NoSuchPlace when it does not fit."""
+    try:
+        return value.broadcast_to(shape)
+    except RuntimeError:
+        raise NoSuchPlace(
+            f"a value of shape {list(value.shape)} does not fit blocks.{edit.layer}.{edit.site}, "
+            f"which takes {list(shape)}"
+        ) from None
 
 
 def place(block: Block, site: str) -> tuple[nn.Module, bool]:

@@ -143,11 +143,7 @@ class Engine:
                 self.cones.remove(cone)
                 self.cones.append(cone)
                 return cone, [Cell(place[cell.prompt], cell.interventions) for cell in cells]
-        try:
-            made = self._clean_run(ids_PT, first)
-        except (NoSuchPlace, NotFinite) as error:
-            self.gave_up.append(f"{type(error).__name__}: {error}")
-            return Full(self.model, ids_PT), cells
+        made = self._clean_run(ids_PT, first)
         return None if made is None else (made, cells)
 
     def _clean_run(self, ids_PT: Tensor, first: int) -> Cone | None:
@@ -172,7 +168,7 @@ class Engine:
                     return None
             # The others' memory goes first; not within the except clause, for the error holds what the failed run made.
             self.cones.clear()
-            self._empty_cache()
+            memory.empty_cache(self.model.device)
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -196,11 +192,7 @@ class Engine:
             ) from error
         self.limits[key] = max(2, min(self.limits[key], n_cells + 1) // 2)
         del self.cones[:-1]  # the last one is in use
-        self._empty_cache()
-
-    def _empty_cache(self) -> None:
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        memory.empty_cache(self.model.device)
 
 
 def _is_a_mistake(error: Exception) -> bool:

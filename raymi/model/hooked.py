@@ -94,7 +94,13 @@ class HookedModel:
         width = _first_int(text, "head_dim") or self.hidden_size // self.n_heads
         keys = (_first_int(text, "num_key_value_heads") or self.n_heads) * width
         self.shape = Shape(
-            self.n_heads, self.hidden_size, inner, self.vocab_size, self.dtype.itemsize, self.n_layers, keys
+            n_heads=self.n_heads,
+            hidden_size=self.hidden_size,
+            intermediate_size=inner,
+            vocab_size=self.vocab_size,
+            itemsize=self.dtype.itemsize,
+            n_layers=self.n_layers,
+            key_width=keys,
         )
         self.tap = Tap()
         self.linears = linear_layers(model)

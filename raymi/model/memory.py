@@ -5,7 +5,7 @@ import os
 import resource
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -77,11 +77,8 @@ def keep_what_is_freed() -> None:
     glibc gives large blocks back to the system as soon as they are freed, and the next tensor of that size then costs
     a page fault for every 4 kB: half of the time of attention over a prompt of a thousand tokens.
     """
-    if not sys.platform.startswith("linux"):
-        return
     mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is not None:
+    if mallopt := _of_libc("mallopt"):
         mallopt(mmap_threshold, 32 * 2**20)  # the largest that glibc takes
         mallopt(trim_threshold, 2**30)
 
@@ -95,6 +92,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def give_back() -> None:
     """Return what is free to the system, where the C library knows how: a load frees as much as it keeps."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
+    if trim := _of_libc("malloc_trim"):
         trim(0)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Return what torch keeps of a GPU's memory for later: it may be in pieces that are too small."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _of_libc(name: str) -> Any:
+    """A function of glibc's own; None where there is none, as with other C libraries."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

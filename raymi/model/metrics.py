@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from raymi.model.memory import is_out_of_memory
+from raymi.model.memory import empty_cache, is_out_of_memory
 from raymi.model.sizes import METRIC_SLICE
 
 
@@ -152,8 +152,7 @@ def _in_slices(logits_AV: Tensor, measure: Callable[[slice], Found]) -> list[Fou
             if step == 1 or not is_out_of_memory(error):
                 raise
         step //= 2
-        if logits_AV.device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache(logits_AV.device)
 
 
 def _normaliser(logits_AV: Tensor) -> Tensor:

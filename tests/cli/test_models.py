@@ -91,6 +91,7 @@ def test_json_holds_everything_untruncated(tmp_path: Path) -> None:
         "weight_files": ["model.safetensors"],
         "needs_remote_code": False,
         "pickle_only": False,
+        "attention_layers": None,
         "runnable": True,
     }
 

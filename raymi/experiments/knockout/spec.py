@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from raymi.errors import UserError
 from raymi.experiments.axes import Axis, Head, Layer, Position, Window, pieces_of, positions
-from raymi.experiments.columns import EFFECTS
+from raymi.experiments.columns import EFFECTS, HOW
 from raymi.fields import Fields, Names, NotEmpty, problem
 from raymi.prompts import TokenizedPrompt
 
@@ -272,11 +272,8 @@ SCHEMA = pa.schema(
         ("query", pa.int32()),
         ("key", pa.int32()),
         *EFFECTS,
-        # How it was measured.
         ("empty_rows", pa.int32()),
-        ("fired", pa.int32()),
-        ("engine", pa.string()),
-        ("clean_error", pa.float64()),
+        *HOW,
     ]
 )
 """Table `ablations`: one row an ablation. Ranks count from 0; probabilities are of the last position."""

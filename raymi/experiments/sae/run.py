@@ -54,7 +54,7 @@ def run(
 
     Raises:
         UserError: features are to be added or taken out where the model cannot be changed.
-        NotFinite, NotFired, NotClean, NoSuchPlace, OutOfMemory: from the model room.
+        NotFinite, NotFired, NoSuchPlace, OutOfMemory: from the model room.
     """
     task = Task(engine, spec, unit.unit_id, unit.items, prompts, saes, special, model_id, revision, dtype, top_k)
     return _MEASURES[spec.measure](task)

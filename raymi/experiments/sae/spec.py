@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo, model_
 
 from raymi.corpus import Corpus
 from raymi.experiments.axes import Axis, Position, pieces_of, positions
-from raymi.experiments.columns import EFFECTS
+from raymi.experiments.columns import EFFECTS, HOW
 from raymi.fields import Fields, Names, NotEmpty, problem
 from raymi.prompts import TokenizedPrompt
 
@@ -312,9 +312,7 @@ _MEASURED: tuple[tuple[str, pa.DataType], ...] = (
     # The largest change of any logit.
     ("logit_shift", pa.float64()),
     *EFFECTS,
-    ("fired", pa.int32()),
-    ("engine", pa.string()),
-    ("clean_error", pa.float64()),
+    *HOW,
 )
 
 INJECTIONS = pa.schema([*_CELL, ("strength", pa.float64()), *_MEASURED])

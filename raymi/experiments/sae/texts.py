@@ -115,8 +115,7 @@ def in_batches(
                 raise OutOfMemory(message) from error
             most = len(chosen) // 2
             engine.limits[key] = max(2, most)
-            if model.device.type == "cuda":
-                torch.cuda.empty_cache()
+            memory.empty_cache(model.device)
             continue
         start += len(chosen)
         yield found

@@ -109,8 +109,10 @@ def _of_change(task: Task, change: Change) -> _Opinions:
     assert change.edit is not None
     ids_1T, cell = ids_of([change.prompt]), Cell(0, (change.edit,))
     [batch] = task.engine.ablations(ids_1T, [cell])
-    full = task.engine.model.forward(ids_1T.expand(2, -1), [(), cell.interventions], own_attention=True).logits_BV
-    return _Opinions(name(task.model_id, change), batch.ablated_AV[0], full[1], full[0], batch.way)
+    full_V, clean_V = (
+        task.engine.model.forward(ids_1T, [its], own_attention=True).logits_BV[0] for its in (cell.interventions, ())
+    )
+    return _Opinions(name(task.model_id, change), batch.ablated_AV[0], full_V, clean_V, batch.way)
 
 
 # -- an autoencoder spliced in -----------------------------------------------------------------------------------------

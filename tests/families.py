@@ -17,9 +17,9 @@ WINDOW = 5
 PROMPT = 14
 """Tokens of a test prompt: more than two windows."""
 
-_SPECIAL: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "vocab_size": VOCABULARY}
-_MODERN: dict[str, Any] = {
-    **_SPECIAL,
+SPECIAL: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "vocab_size": VOCABULARY}
+MODERN: dict[str, Any] = {
+    **SPECIAL,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 4,
@@ -28,41 +28,41 @@ _MODERN: dict[str, Any] = {
     "head_dim": 8,
     "max_position_embeddings": 64,
 }
-_GPT: dict[str, Any] = {**_SPECIAL, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "n_inner": 48}
+GPT: dict[str, Any] = {**SPECIAL, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "n_inner": 48}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     # Those that every release is held to.
-    "llama": _MODERN,
-    "gpt2": _GPT,
-    "gpt_neox": {**_MODERN, "num_key_value_heads": 4, "rotary_pct": 0.5},
-    "qwen2": {**_MODERN, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
-    "qwen3": _MODERN,
-    "gemma2": {**_MODERN, "sliding_window": WINDOW, "query_pre_attn_scalar": 16},
-    "gemma3_text": {**_MODERN, "sliding_window": WINDOW, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2},
-    "phi3": _MODERN,
-    "mistral": {**_MODERN, "sliding_window": WINDOW},
-    "starcoder2": {**_MODERN, "sliding_window": WINDOW},
+    "llama": MODERN,
+    "gpt2": GPT,
+    "gpt_neox": {**MODERN, "num_key_value_heads": 4, "rotary_pct": 0.5},
+    "qwen2": {**MODERN, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
+    "qwen3": MODERN,
+    "gemma2": {**MODERN, "sliding_window": WINDOW, "query_pre_attn_scalar": 16},
+    "gemma3_text": {**MODERN, "sliding_window": WINDOW, "query_pre_attn_scalar": 16, "sliding_window_pattern": 2},
+    "phi3": MODERN,
+    "mistral": {**MODERN, "sliding_window": WINDOW},
+    "starcoder2": {**MODERN, "sliding_window": WINDOW},
     # Others that go through the attention function: biases, parallel blocks, post-norms, sinks, chunks, experts.
-    "cohere": _MODERN,
+    "cohere": MODERN,
     "gpt_oss": {
-        **_MODERN,
+        **MODERN,
         "sliding_window": WINDOW,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
     },
-    "granite": {**_MODERN, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
+    "granite": {**MODERN, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
     "llama4_text": {
-        **_MODERN,
+        **MODERN,
         "attention_chunk_size": WINDOW,
         "intermediate_size_mlp": 48,
         "num_local_experts": 2,
         "num_experts_per_tok": 1,
         "no_rope_layers": [1, 1, 1, 0],
     },
-    "mixtral": {**_MODERN, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-    "olmo2": _MODERN,
+    "mixtral": {**MODERN, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "olmo2": MODERN,
     "opt": {
-        **_SPECIAL,
+        **SPECIAL,
         "hidden_size": 32,
         "word_embed_proj_dim": 32,
         "ffn_dim": 48,
@@ -71,14 +71,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 64,
         "pad_token_id": 1,
     },
-    "phi": {**_MODERN, "num_key_value_heads": 4, "partial_rotary_factor": 0.5},
-    "stablelm": {**_MODERN, "partial_rotary_factor": 0.5},
+    "phi": {**MODERN, "num_key_value_heads": 4, "partial_rotary_factor": 0.5},
+    "stablelm": {**MODERN, "partial_rotary_factor": 0.5},
     # Those that do not: their masks are edited.
-    "bloom": {**_SPECIAL, "hidden_size": 32, "n_layer": 4, "n_head": 4},
-    "codegen": {**_GPT, "rotary_dim": 4},
-    "falcon": {**_SPECIAL, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "multi_query": False},
+    "bloom": {**SPECIAL, "hidden_size": 32, "n_layer": 4, "n_head": 4},
+    "codegen": {**GPT, "rotary_dim": 4},
+    "falcon": {**SPECIAL, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "multi_query": False},
     "gpt_neo": {
-        **_SPECIAL,
+        **SPECIAL,
         "hidden_size": 32,
         "num_layers": 4,
         "num_heads": 4,
@@ -87,85 +87,85 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 64,
         "intermediate_size": 48,
     },
-    "gptj": {**_GPT, "rotary_dim": 4},
-    "mpt": {**_SPECIAL, "d_model": 32, "n_layers": 4, "n_heads": 4, "max_seq_len": 64},
+    "gptj": {**GPT, "rotary_dim": 4},
+    "mpt": {**SPECIAL, "d_model": 32, "n_layers": 4, "n_heads": 4, "max_seq_len": 64},
 }
 
 REQUIRED = tuple(list(CONFIGS)[:10])
 
 
-_MIXED: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
-_LATENT: dict[str, Any] = {
-    **{**_MODERN, "num_key_value_heads": 4, "head_dim": 4},
+MIXED: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LATENT: dict[str, Any] = {
+    **{**MODERN, "num_key_value_heads": 4, "head_dim": 4},
     **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 16},
 }
 """Queries and keys of 12 numbers, values of 16."""
-_GROUPED: dict[str, Any] = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, **_MIXED}
-_LINEAR: dict[str, Any] = {
+GROUPED: dict[str, Any] = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, **MIXED}
+LINEAR: dict[str, Any] = {
     **{"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
     "linear_conv_kernel_dim": 4,
 }
-_STATE: dict[str, Any] = {
+STATE: dict[str, Any] = {
     **{"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2},
     **{"mamba_n_groups": 1, "mamba_chunk_size": 4, "mamba_d_ssm": 64},
 }
-_SIX: dict[str, Any] = {**_MODERN, "num_hidden_layers": 6}
+SIX: dict[str, Any] = {**MODERN, "num_hidden_layers": 6}
 
 
-def _every_third(state: str, attention: str = "full_attention") -> dict[str, Any]:
+def every_third(state: str, attention: str = "full_attention") -> dict[str, Any]:
     """Six layers, attention in the second and the fifth, so that states lie below, between and above."""
-    return {**_SIX, "layer_types": [state, attention, state] * 2}
+    return {**SIX, "layer_types": [state, attention, state] * 2}
 
 
-_WINDOWED = {**_SIX, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 3}
-_PER_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}
+WINDOWED = {**SIX, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 3}
+PER_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}
 
 ODD: dict[str, dict[str, Any]] = {
     # Attention in every layer: latent, of experts, with norms elsewhere.
-    "afmoe": {**_MODERN, **_MIXED, "num_experts": 4, "num_dense_layers": 1, "sliding_window": WINDOW},
-    "cohere2": {**_MODERN, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2},
-    "deepseek_v2": {**_LATENT, **_GROUPED, "topk_method": "greedy", "first_k_dense_replace": 2},
-    "deepseek_v3": {**_LATENT, **_GROUPED, "first_k_dense_replace": 2},
-    "exaone4": {**_MODERN, "sliding_window": WINDOW, "sliding_window_pattern": 2},
-    "glm4": {**_MODERN, "pad_token_id": 1},
-    "glm4_moe": {**_MODERN, **_GROUPED, "first_k_dense_replace": 1, "pad_token_id": 1},
-    "jetmoe": {**_MODERN, **_MIXED, "num_key_value_heads": 2, "kv_channels": 8, "num_local_experts": 4},
-    "olmoe": {**_MODERN, **_MIXED, "num_experts": 4},
-    "qwen3_moe": {**_MODERN, **_MIXED, "num_experts": 4},
+    "afmoe": {**MODERN, **MIXED, "num_experts": 4, "num_dense_layers": 1, "sliding_window": WINDOW},
+    "cohere2": {**MODERN, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "deepseek_v2": {**LATENT, **GROUPED, "topk_method": "greedy", "first_k_dense_replace": 2},
+    "deepseek_v3": {**LATENT, **GROUPED, "first_k_dense_replace": 2},
+    "exaone4": {**MODERN, "sliding_window": WINDOW, "sliding_window_pattern": 2},
+    "glm4": {**MODERN, "pad_token_id": 1},
+    "glm4_moe": {**MODERN, **GROUPED, "first_k_dense_replace": 1, "pad_token_id": 1},
+    "jetmoe": {**MODERN, **MIXED, "num_key_value_heads": 2, "kv_channels": 8, "num_local_experts": 4},
+    "olmoe": {**MODERN, **MIXED, "num_experts": 4},
+    "qwen3_moe": {**MODERN, **MIXED, "num_experts": 4},
     # States, convolutions and linear attention beside it.
-    "bamba": {**_SIX, **_STATE, "attn_layer_indices": [1, 4]},
-    "falcon_h1": {**_MODERN, **_STATE},
+    "bamba": {**SIX, **STATE, "attn_layer_indices": [1, 4]},
+    "falcon_h1": {**MODERN, **STATE},
     "granitemoehybrid": {
-        **{**_every_third("mamba", "attention"), **_STATE, **_MIXED},
+        **{**every_third("mamba", "attention"), **STATE, **MIXED},
         **{"num_local_experts": 4, "shared_intermediate_size": 32},
     },
     "jamba": {
-        **{**_SIX, "attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+        **{**SIX, "attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
         **{"num_experts": 4, "num_experts_per_tok": 2, "use_mamba_kernels": False, "mamba_d_state": 8},
     },
-    "lfm2": _every_third("conv"),
-    "minimax": {**_every_third("linear_attention"), "num_local_experts": 4, "num_experts_per_tok": 2},
+    "lfm2": every_third("conv"),
+    "minimax": {**every_third("linear_attention"), "num_local_experts": 4, "num_experts_per_tok": 2},
     "nemotron_h": {
-        **{**_SIX, **_GROUPED, "layers_block_type": ["mamba", "attention", "moe"] * 2, "ssm_state_size": 8},
+        **{**SIX, **GROUPED, "layers_block_type": ["mamba", "attention", "moe"] * 2, "ssm_state_size": 8},
         **{"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "chunk_size": 4},
         "moe_shared_expert_intermediate_size": 24,
     },
-    "olmo_hybrid": {**_every_third("linear_attention"), **_LINEAR, "pad_token_id": 1},
+    "olmo_hybrid": {**every_third("linear_attention"), **LINEAR, "pad_token_id": 1},
     "qwen3_next": {
-        **{**_every_third("linear_attention"), **_LINEAR, **_MIXED},
+        **{**every_third("linear_attention"), **LINEAR, **MIXED},
         **{"num_experts": 4, "shared_expert_intermediate_size": 24},
     },
     "recurrent_gemma": {
-        **{**_SIX, "lru_width": 32, "attention_window_size": WINDOW},
+        **{**SIX, "lru_width": 32, "attention_window_size": WINDOW},
         "block_types": ["recurrent", "recurrent", "attention"],
     },
     # Layers that read other layers' keys, side tensors, streams side by side, outputs as large as the ids say.
     "gemma3n_text": {
-        **{**_WINDOWED, **_PER_LAYER, "num_kv_shared_layers": 2, "altup_num_inputs": 2, "laurel_rank": 4},
+        **{**WINDOWED, **PER_LAYER, "num_kv_shared_layers": 2, "altup_num_inputs": 2, "laurel_rank": 4},
         "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0, 0.0, 0.0],
     },
-    "gemma4_text": {**_WINDOWED, **_PER_LAYER, "num_kv_shared_layers": 2, "global_head_dim": 8},
-    "gpt_bigcode": _GPT,
+    "gemma4_text": {**WINDOWED, **PER_LAYER, "num_kv_shared_layers": 2, "global_head_dim": 8},
+    "gpt_bigcode": GPT,
 }
 """Families that are built in unusual ways, each with what makes it so."""
 

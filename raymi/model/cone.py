@@ -29,6 +29,8 @@ from raymi.model.full import Batch, Way
 from raymi.model.hooked import Cell, HookedModel, NotFinite
 from raymi.model.linear import quick_products
 from raymi.model.passing import EnoughError, passing_on, returned_beside, standing_in, unembed, with_hidden
+from raymi.model.proof import spread_of
+from raymi.model.routing import routing
 from raymi.model.sites import NoSuchPlace, hidden_input
 from raymi.model.sizes import UNEMBEDDED
 
@@ -41,7 +43,14 @@ class Cone:
     """The clean run of some prompts of equal length, and sweeps of ablations on it."""
 
     def __init__(
-        self, model: HookedModel, ids_PT: Tensor, first_query: int, *, prefix: bool = True, tolerance: float = torch.inf
+        self,
+        model: HookedModel,
+        ids_PT: Tensor,
+        first_query: int,
+        *,
+        prefix: bool = True,
+        tolerance: float = torch.inf,
+        routes: bool = False,
     ) -> None:
         """Runs the prompts clean.
 
@@ -50,7 +59,10 @@ class Cone:
             ids_PT: token ids.
             first_query: the smallest query position that will be asked for; layer inputs are kept from there on.
             prefix: whether the positions before a query may be left out (else only the layers below are).
-            tolerance: largest difference in logits between a clean row and the clean run.
+            tolerance: largest difference in logits between a clean row and the clean run; in half precision, where the
+                largest of many varies too much, the largest root of a row's mean square.
+            routes: whether experts are chosen, and rounding may make a clean row jump to others: that is no mistake,
+                for what starts from it is compared with it.
         """
         self.model, self.ids_PT, self.prefix, self.tolerance = model, ids_PT.to(model.device), prefix, tolerance
         self.first = first_query if prefix else 0
@@ -69,7 +81,12 @@ class Cone:
             if prefix:
                 model.tap.keep = self.states
             stack.enter_context(quick_products(model.linears))
+            watched = stack.enter_context(routing(model)) if routes else None
             self.clean_PV = model.forward(self.ids_PT).logits_BV
+        self.choices = None if watched is None else [watched.of_row(row) for row in range(len(ids_PT))]
+        """Prompt -> its choices of experts; kept where these may jump."""
+        self.jumps = 0
+        """Sweeps whose clean rows were right only when they chose as the clean run."""
 
     def _remember(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A copy of the part that is needed lets the rest go.
@@ -143,7 +160,7 @@ class Cone:
             if end <= n_clean:
                 continue
             if begin <= n_clean:
-                clean_error = self._prove(clean_CV, clean)
+                clean_error = self._prove(clean_CV, clean, rows)
             first = max(begin, n_clean)
             part = rows[first - n_clean : end - n_clean]
             logits_AV = logits_NV[first - begin :]
@@ -178,14 +195,24 @@ class Cone:
             return self.clean_PV[prompts], prompt_A
         return (clean_CV if prompts == clean else clean_CV[[clean.index(each) for each in prompts]]), prompt_A
 
-    def _prove(self, proof_CV: Tensor, clean: Sequence[int]) -> float:
-        off = float((proof_CV - self.clean_PV[list(clean)]).abs().max())
+    def _prove(self, proof_CV: Tensor, clean: Sequence[int], rows: Sequence[Cell]) -> float:
+        def from_clean_run(logits_CV: Tensor) -> tuple[float, float]:
+            off_CV = logits_CV - self.clean_PV[list(clean)]
+            largest = float(off_CV.abs().max())
+            return (max(map(spread_of, off_CV)) if self.model.dtype.itemsize < 4 else largest), largest
+
+        off, largest = from_clean_run(proof_CV)
+        if not off <= self.tolerance and self.choices is not None:
+            with routing(self.model, [self.choices[prompt] for prompt in clean]):
+                hidden_BD, returned, *_ = self._sweep(rows, clean)
+            off, _ = from_clean_run(self._unembed(hidden_BD[: len(clean)], returned))
+            self.jumps += off <= self.tolerance
         if not off <= self.tolerance:
             raise NotClean(
                 f"{self.model.name}: a clean row of a batch differs from the clean run by {off:.2e} in its logits, "
                 f"where {self.tolerance:.1e} would be noise"
             )
-        return off
+        return largest
 
     def _sweep(self, rows: Sequence[Cell], clean: Sequence[int]) -> tuple[Tensor, Any, Tensor, Tensor]:
         """Last hidden states behind the last layer, [B, D], clean ones first; what the backbone returned; firings;

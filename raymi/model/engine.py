@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ from raymi.model.cone import Cone, NotClean
 from raymi.model.full import Batch, Full, Way
 from raymi.model.hooked import Cell, HookedModel, NotFinite, NotFired
 from raymi.model.interventions import Mask, scale
+from raymi.model.proof import CAP, Precision, Truth, first_wrong, is_half, precision, truths
+from raymi.model.routing import routing
 from raymi.model.sites import NoSuchPlace, hidden_input
 from raymi.model.sizes import KEPT_BYTES, kept_bytes, pays_together, prompts_kept, rows_per_batch
+from raymi.model.truth import NoTruth
 
 
 class OutOfMemory(RuntimeError):
@@ -41,13 +44,27 @@ class Capability:
     noise: float
     """Largest difference that rounding alone makes: another shape of the batch, another last digit at every layer."""
     tolerance: float
-    """Differences up to this are noise."""
+    """Differences up to this are noise. In half precision that proves little: effects are held to `precision` there."""
     disagreement: float
     """Largest difference of raymi's full forwards from the family's own attention."""
     cone_error: float
-    """Largest difference of the way from full forwards."""
+    """Largest difference of the way from full forwards; in half precision, of its effects from float32's."""
     n_tokens: int
     """Length of the prompt that it was measured on."""
+    precision: Precision | None = None
+    """In half precision: what it makes of the family's own forward."""
+    jumped: int = 0
+    """Ablations of the trial that were right only when experts were chosen as in float32."""
+
+    @property
+    def clean_tolerance(self) -> float:
+        """What `Cone` takes as such."""
+        return self.tolerance if self.precision is None else self.precision.tolerance
+
+    @property
+    def routes(self) -> bool:
+        """Whether experts are chosen in half precision, and near-ties among them may jump."""
+        return self.precision is not None and self.precision.routes
 
 
 @dataclass(slots=True)
@@ -155,7 +172,14 @@ class Engine:
             del self.cones[0]
         while True:
             try:
-                made = Cone(self.model, ids_PT, first, prefix=self.way == "cone", tolerance=self.capability.tolerance)
+                made = Cone(
+                    self.model,
+                    ids_PT,
+                    first,
+                    prefix=self.way == "cone",
+                    tolerance=self.capability.clean_tolerance,
+                    routes=self.capability.routes,
+                )
                 self.cones.append(made)
                 return made
             except Exception as error:
@@ -169,6 +193,10 @@ class Engine:
             # The others' memory goes first; not within the except clause, for the error holds what the failed run made.
             self.cones.clear()
             memory.empty_cache(self.model.device)
+
+    def held(self, ids_1T: Tensor, cell: Cell, truth: Truth, way: Way) -> Tensor:
+        """The effect of one ablation of one prompt, [V], measured by itself with the truth's choices of experts."""
+        return _held(self.model, ids_1T, cell, truth, way, self.capability.clean_tolerance)
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -231,35 +259,65 @@ def measure_capability(model: HookedModel, n_tokens: int) -> Capability:
     free = memory.available(model.device)
     rows = max(2, rows_per_batch(model.shape, n_tokens, n_tokens, model.device.type, free, sliced=False))
     with _its_own_code(model):
-        full = _logits(Full(model, ids_PT), cells, rows)
+        full_AV, clean_AV = _measured(Full(model, ids_PT), cells, rows)
         company, rounding = _company(model, ids_PT, min(4, rows)), _rounding(model, ids_PT, min(3, rows))
         own_AV = torch.cat(
             # One row at a time: the family's own attention takes an edited mask, as large as its scores, for every row.
             [_by_own_attention(model, ids_PT, [cell]) for cell in cells]
         )
-    largest = float(own_AV.abs().max())
-    fine = model.dtype in (torch.float32, torch.float64)
-    if not company <= largest * (1e-3 if fine else 0.3):
+    largest, half = float(own_AV.abs().max()), is_half(model)
+    if not company <= largest * (0.3 if half else 1e-3):
         raise WrongNumbers(f"{model.name}: the rows of a batch change each other's logits, by {company:.2e}")
-    noise, tolerance = max(company, rounding), max(20 * company, 5 * rounding, largest * (2e-5 if fine else 4e-2))
-    disagreement = float((full - own_AV).abs().max())
-    if not disagreement <= tolerance:
+    noise = max(company, rounding)
+    tolerance = min(CAP * largest, max(20 * company, 5 * rounding, largest * (4e-2 if half else 2e-5)))
+    judge, no_proof = _judge(model, ids_PT, cells, rows) if half else (None, "")
+    judge = judge or _Near(full_AV, tolerance)
+    disagreement = float((full_AV - own_AV).abs().max())
+    _, jumped, wrong = judge((own_AV if isinstance(judge, _Near) else full_AV, clean_AV), "full", len(cells))
+    if wrong:
         raise WrongNumbers(
             f"{model.name}: raymi's attention differs from {type(model.model).__name__}'s own by {disagreement:.2e} "
-            f"in the logits, where {tolerance:.1e} would be noise"
+            f"in the logits: {wrong}"
         )
     reasons: list[str] = []
     for way in ("cone", "layers"):
-        if way == "cone" and not model.dispatches:
-            reasons.append("cone: the family computes its attention itself")
+        if no_proof or (way == "cone" and not model.dispatches):
+            reasons.append(f"{way}: {no_proof or 'the family computes its attention itself'}")
             continue
-        off, why = _try(model, ids_PT[:1], [cell for cell in cells if cell.prompt == 0], full, way, tolerance)
+        off, jumps, why = _try(model, ids_PT[:1], [cell for cell in cells if cell.prompt == 0], judge, way)
         if why:
             reasons.append(f"{way}: {why}")
             continue
-        together = not _try(model, ids_PT, cells, full, way, tolerance)[1]
-        return Capability(way, together, "; ".join(reasons), noise, tolerance, disagreement, off, n_tokens)
-    return Capability("full", True, "; ".join(reasons), noise, tolerance, disagreement, 0.0, n_tokens)
+        together = not _try(model, ids_PT, cells, judge, way)[2]
+        break
+    else:
+        way, together, off, jumps = "full", True, 0.0, 0
+    return Capability(
+        way=way,
+        together=together,
+        why="; ".join(reasons),
+        noise=noise,
+        tolerance=tolerance,
+        disagreement=disagreement,
+        cone_error=off,
+        n_tokens=n_tokens,
+        precision=judge.typical,
+        jumped=jumped + jumps,
+    )
+
+
+def _judge(model: HookedModel, ids_PT: Tensor, cells: Sequence[Cell], rows: int) -> tuple["_Beside | None", str]:
+    """What ways are judged by in half precision, or why there is nothing."""
+    try:
+        return _Beside(model, ids_PT, cells, truths(model, ids_PT, cells, rows=max(1, rows // 2))), ""
+    except NoTruth as error:
+        why = str(error)
+    except Exception as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        why = "a layer in float32 does not fit into memory"
+    memory.empty_cache(model.device)  # not within the except clause, for the error holds what the failed forward made
+    return None, f"no proof in half precision: {why}"
 
 
 @contextmanager
@@ -300,9 +358,14 @@ def _trial(model: HookedModel, n_tokens: int) -> list[Cell]:
 
 
 def _company(model: HookedModel, ids_PT: Tensor, rows: int) -> float:
-    """How much the logits of a prompt differ between a forward alone and one within a batch."""
-    alone = model.forward(ids_PT[:1]).logits_BV[0]
-    within = model.forward(ids_PT[[1, 0, 1, 1][:rows]]).logits_BV[1]
+    """How much the logits of a prompt differ between a forward alone and one within a batch.
+
+    In half precision with the same choices of experts in both.
+    """
+    with routing(model) if is_half(model) else nullcontext() as watched:
+        alone = model.forward(ids_PT[:1]).logits_BV[0]
+    with routing(model, [None, watched.of_row(0)]) if watched else nullcontext():
+        within = model.forward(ids_PT[[1, 0, 1, 1][:rows]]).logits_BV[1]
     return float((alone - within).abs().max())
 
 
@@ -333,30 +396,83 @@ def _by_own_attention(model: HookedModel, ids_PT: Tensor, cells: Sequence[Cell])
     return model.forward(ids_PT[[cell.prompt for cell in cells]], interventions, own_attention=True).logits_BV
 
 
+_Measured = tuple[Tensor, Tensor]
+"""Ablated logits in the order of the cells, [A, V], and the clean ones of their batches, [A, V]."""
+
+
+class _Near:
+    """What is right is near full forwards, within a tolerance."""
+
+    typical, routes = None, False
+
+    def __init__(self, full_AV: Tensor, tolerance: float) -> None:
+        self.full_AV, self.tolerance = full_AV, tolerance
+
+    def __call__(self, measured: _Measured | None, way: Way, n_cells: int) -> tuple[float, int, str]:
+        assert measured is not None, "whose experts may jump has its truth"
+        ablated_AV, _ = measured
+        off = float((ablated_AV - self.full_AV[:n_cells]).abs().max())
+        why = f"off by {off:.1e} in the logits, where {self.tolerance:.1e} would be noise"
+        return off, 0, "" if off <= self.tolerance else why
+
+
+class _Beside:
+    """In half precision: what is right has effects that are not much farther from float32's than the family's own."""
+
+    def __init__(self, model: HookedModel, ids_PT: Tensor, cells: Sequence[Cell], found: list[Truth]) -> None:
+        self.model, self.ids_PT, self.cells, self.found = model, ids_PT, cells, found
+        self.typical = precision(found)
+        self.tolerance, self.routes = self.typical.tolerance, self.typical.routes
+
+    def __call__(self, measured: _Measured | None, way: Way, n_cells: int) -> tuple[float, int, str]:
+        def held(i: int) -> Tensor:
+            cell = self.cells[i]
+            return _held(self.model, self.ids_PT[cell.prompt][None], cell, self.found[i], way, self.tolerance)
+
+        effects = [None] * n_cells if measured is None else list(measured[0] - measured[1])
+        return first_wrong(self.found[: len(effects)], effects, held, self.typical, capped=way != "full")
+
+
+def _held(model: HookedModel, ids_1T: Tensor, cell: Cell, truth: Truth, way: Way, tolerance: float) -> Tensor:
+    with routing(model, truth.choices):
+        cone = None if way == "full" else Cone(model, ids_1T, 0, prefix=way == "cone", tolerance=tolerance)
+        # The rows of either are a clean one and this.
+        [batch] = (cone or Full(model, ids_1T)).measure([Cell(0, cell.interventions)], [0])
+    return batch.ablated_AV[0] - batch.clean_PV[0]
+
+
 def _try(
-    model: HookedModel, ids_PT: Tensor, cells: Sequence[Cell], full_AV: Tensor, way: Way, tolerance: float
-) -> tuple[float, str]:
-    """How far a way is off full forwards, and what speaks against it."""
+    model: HookedModel, ids_PT: Tensor, cells: Sequence[Cell], judge: _Near | _Beside, way: Way
+) -> tuple[float, int, str]:
+    """How far a way is off, how often experts had to be held for that, and what speaks against it."""
+    first, tolerance = min(c.first_query for c in cells), judge.tolerance
     try:
-        cone = Cone(model, ids_PT, min(c.first_query for c in cells), prefix=way == "cone", tolerance=tolerance)
-        off = float((_logits(cone, cells, len(cells) + 1) - full_AV[: len(cells)]).abs().max())
+        try:
+            cone = Cone(model, ids_PT, first, prefix=way == "cone", tolerance=tolerance, routes=judge.routes)
+            measured = _measured(cone, cells, len(cells) + 1)
+        except NotClean:
+            if not judge.routes:
+                raise
+            measured = None  # experts may have jumped: each is measured again with the same ones
+        return judge(measured, way, len(cells))
     except (NotFinite, NotFired, NotClean, NoSuchPlace) as error:
-        return 0.0, str(error)
+        return 0.0, 0, str(error)
     except Exception as error:
         if memory.is_out_of_memory(error):
             raise
         # A family's own code, run in a way that it was not written for, may fail in any way.
-        return 0.0, f"{type(error).__name__}: {error}"
-    return off, "" if off <= tolerance else f"off by {off:.1e} in the logits, where {tolerance:.1e} would be noise"
+        return 0.0, 0, f"{type(error).__name__}: {error}"
 
 
-def _logits(method: Cone | Full, cells: Sequence[Cell], rows: int) -> Tensor:
-    """Ablated logits in the order of the cells, [A, V], so many rows at a time."""
-    found: dict[int, Tensor] = {}
+def _measured(method: Cone | Full, cells: Sequence[Cell], rows: int) -> _Measured:
+    """Measure cells, so many rows at a time."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
     for group in method.groups(cells):
         while group:
             chosen = _as_many_as_fit(method, cells, group, rows)
             group = group[len(chosen) :]
             for batch in method.measure(cells, chosen):
-                found.update(zip(batch.cells, batch.ablated_AV, strict=True))
-    return torch.stack([found[i] for i in range(len(cells))])
+                pairs = zip(batch.ablated_AV, batch.clean_PV[batch.prompt_A], strict=True)
+                found.update(zip(batch.cells, pairs, strict=True))
+    ablated, clean = zip(*(found[i] for i in range(len(cells))), strict=True)
+    return torch.stack(ablated), torch.stack(clean)

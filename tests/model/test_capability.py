@@ -143,7 +143,12 @@ def test_rounding_is_what_the_dtype_makes_it(family: str):
     noise: list[float] = []
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         found = measure_capability(HookedModel(build(family).to(dtype), family), PROMPT)
-        assert found.way == "cone"
+        if (family, dtype) == ("llama", torch.bfloat16):
+            # Its effects are off by 0.5 of 3.9, its own forward's by 0.2: a tolerance for that would prove nothing.
+            assert found.way == "full"
+            assert "cone: off by" in found.why
+        else:
+            assert found.way == "cone"
         if dtype != torch.float64:  # where the softmax in float32 is what rounds
             assert max(found.disagreement, found.cone_error) < 5 * found.noise
         noise.append(found.noise)

@@ -12,19 +12,23 @@ BENCH ?=
 BENCH_SAES ?= $(filter --quick,$(BENCH))
 # Options of `python -m benchmarks.overhead`, such as --prompts 5.
 BENCH_RUN ?=
+# Options of `python -m tests.conformance`: --write, or types by name.
+CONFORMANCE ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 UNREACHED = { echo 'raymi could not be installed: see above what pip could not reach, and from where.' >&2; exit 1; }
 CACHE = $${RAYMI_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/raymi}
 
-.PHONY: help venv demo models test lint bench bench-run oracle clean
+.PHONY: help venv demo models test lint bench bench-run oracle conformance clean
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo    install raymi, fetch the demo models and run a small knockout sweep over them'
 	@echo 'make test    install what the tests need, fetch the demo models and run the tests'
 	@echo 'make oracle  only the tests that compare with computations that are not raymi'"'"'s'
+	@echo 'make conformance  a tiny model of every causal type of transformers, against what it and plain hooks compute;'
+	@echo '             three minutes; CONFORMANCE=--write records what was found in tests/conformance/types.tsv'
 	@echo 'make lint    formatting, lint, types, and which room may import which'
 	@echo 'make bench   raymi and its peers side by side'
 	@echo 'make bench-run  what a whole run of 100,000 ablations adds to measuring them; ten minutes'
@@ -76,6 +80,9 @@ test: $(VENV)/.test
 oracle: $(VENV)/.test
 	@$(BIN)/python demo/models.py
 	$(BIN)/python -m pytest -m oracle
+
+conformance: $(VENV)/.test
+	$(BIN)/python -m tests.conformance --processes $(PROCESSES) $(CONFORMANCE)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check

@@ -183,7 +183,10 @@ TYPES: dict[str, dict[str, Any]] = {
     "gemma3n": {"text_config": ODD["gemma3n_text"]},
     "gemma4": {"text_config": {**GEMMA4, "pad_token_id": 1}},
     "gemma4_text": GEMMA4,
-    "gemma4_assistant": {"text_config": {**GEMMA4, "hidden_size_per_layer_input": 0}, "backbone_hidden_size": 32},
+    "gemma4_assistant": {
+        "text_config": {**GEMMA4, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
+        "backbone_hidden_size": 32,
+    },
     "gemma4_unified": {"text_config": {**GEMMA4, "hidden_size_per_layer_input": 0, "pad_token_id": 1}},
     "gemma4_unified_assistant": {"text_config": GEMMA4, "backbone_hidden_size": 32},
     "gemma4_unified_text": {**GEMMA4, "hidden_size_per_layer_input": 0},
@@ -379,10 +382,20 @@ def save(model_type: str, cache: Path, id: str) -> Path:
     Its tokenizer is that of the other fakes: words, 32 of them.
     """
     with TemporaryDirectory() as folder:
-        build(model_type).save_pretrained(folder)
+        model, of_type = build(model_type), config(model_type)
+        model.save_pretrained(folder)
+        if type(model.config) is not type(of_type):  # the text part of a multimodal model: published as a whole
+            of_type.architectures = [type(model).__name__]
+            of_type.save_pretrained(folder)
         for name, content in (("tokenizer.json", TOKENIZER), ("tokenizer_config.json", TOKENIZER_CONFIG)):
             Path(folder, name).write_text(json.dumps(content))
         return add_folder(cache, id, Path(folder))
+
+
+def load(folder: Path) -> PreTrainedModel:
+    """What transformers makes of a snapshot's folder, in float32 and eager."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
 
 
 def prompt(n_tokens: int = PROMPT, rows: int = 1, seed: int = 1) -> torch.Tensor:

@@ -129,6 +129,8 @@ class Ablated:
     """How often the interventions acted, counted where they did."""
     empty_rows: int
     """Attention lines (layer, head, query) left without any key, which attend to nothing."""
+    closed: int | None = None
+    """Edges to cut that the model's own mask (a window, a chunk) had closed before; None where that is not known."""
 
     def changed(self, k: int = 10) -> pl.DataFrame:
         """The k most changed tokens, |change| descending: token_id, token, prob_clean, prob_ablated."""
@@ -145,7 +147,8 @@ class Ablated:
         )
 
     def __repr__(self) -> str:
-        return f"KL {self.kl:.6f} nats; {self.fired} interventions fired\n{self.changed(5)}"
+        closed = f", {self.closed} edges were closed before" if self.closed else ""
+        return f"KL {self.kl:.6f} nats; {self.fired} interventions fired{closed}\n{self.changed(5)}"
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -279,7 +282,8 @@ class Model:
             for row in (0, 1)
         )
         kl = _compared(clean.logits, ablated.logits, 1).kl_A
-        return Ablated(clean, ablated, float(kl), int(out.fired_B[1]), int(out.empty_B[1]))
+        closed = None if out.closed_B is None else int(out.closed_B[1])
+        return Ablated(clean, ablated, float(kl), int(out.fired_B[1]), int(out.empty_B[1]), closed)
 
     def knockout(
         self,

@@ -155,6 +155,7 @@ def _measured(
         ],
         "empty_rows": row["empty_rows"],
         "fired": row["fired"],
+        "closed": row["closed"],
         "engine": row["engine"],
         "seconds": {
             "load": loaded.seconds,

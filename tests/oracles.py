@@ -6,7 +6,7 @@ an edited mask, its eager attention with an edited softmax, an attention written
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -107,6 +107,8 @@ class _EditedSoftmax(TorchFunctionMode):
         self.knockout, self.n_tokens, self.waiting = knockout, n_tokens, list(attention_layers)
         self.empty = 0
         """Lines of a cut head that are left with no key."""
+        self.closed = 0
+        """Edges to cut that the model had forbidden itself."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -116,6 +118,7 @@ class _EditedSoftmax(TorchFunctionMode):
         forbidden = given <= torch.finfo(given.dtype).min / 4
         cut = torch.zeros_like(forbidden)
         cut[..., : self.n_tokens] = self.knockout.cut(layer, (given.shape[1], self.n_tokens, self.n_tokens))
+        self.closed += int((cut & forbidden).sum())
         keys_left = ~(forbidden | cut)[..., : self.n_tokens]  # a sink is a column more, and no key
         self.empty += int((cut.any(-1) & ~keys_left.any(-1)).sum())
         pattern = given.double().masked_fill(forbidden | cut, -torch.inf).softmax(-1).nan_to_num(0.0)
@@ -125,10 +128,18 @@ class _EditedSoftmax(TorchFunctionMode):
         return given.dim() == 4 and given.shape[-2] == self.n_tokens and given.shape[-1] - self.n_tokens in (0, 1)
 
 
+class Softmaxed(NamedTuple):
+    logits_V: Tensor
+    n_empty: int
+    """Lines left with no key."""
+    n_closed: int
+    """Edges to cut that the model's own mask had closed."""
+
+
 def by_edited_softmax(
     model: PreTrainedModel, ids_T: Tensor, knockout: Knockout, attention_layers: Sequence[int] | None = None
-) -> tuple[Tensor, int]:
-    """[V] logits and how many lines were left with no key; works for whatever calls a softmax over its scores.
+) -> Softmaxed:
+    """What a knockout does; works for whatever calls a softmax over its scores.
 
     Args:
         attention_layers: which layers have attention, where not all have; they call it in order.
@@ -138,7 +149,7 @@ def by_edited_softmax(
     with mode:
         logits_V = last_logits(model, ids_T)
     assert not mode.waiting, f"layers {mode.waiting} never took a softmax"
-    return logits_V, mode.empty
+    return Softmaxed(logits_V, mode.empty, mode.closed)
 
 
 # ---- an attention that walks over lists of keys ---------------------------------------------------------------------

@@ -30,8 +30,11 @@ EFFECTS: tuple[tuple[str, pa.DataType], ...] = (
 """Ranks count from 0; probabilities are of the last position."""
 
 HOW: tuple[tuple[str, pa.DataType], ...] = (
-    # Entries that were changed, the way that was taken, and how far off its clean rows came out, in logits.
+    # Entries that were changed, and edges that were named, but that the model's own mask (a window, a chunk) had closed
+    # before (null where that cannot be known, or was not asked); the way that was taken, and how far off its clean rows
+    # came out, in logits.
     ("fired", pa.int32()),
+    ("closed", pa.int32()),
     ("engine", pa.string()),
     ("clean_error", pa.float64()),
 )

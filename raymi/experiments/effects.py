@@ -65,6 +65,7 @@ def _measured(batch: Batch, prompts: Sequence[TokenizedPrompt], top_k: int) -> C
         **answers(compared, prompts),
         "empty_rows": batch.empty_A.tolist(),
         "fired": batch.fired_A.tolist(),
+        "closed": [None] * len(prompts) if batch.closed_A is None else batch.closed_A.tolist(),
         "engine": [batch.way] * len(prompts),
         "clean_error": [batch.clean_error] * len(prompts),
     }

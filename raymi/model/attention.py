@@ -10,6 +10,7 @@ D head width. Scores are laid out [K, B, G, Q, S]: what is shared by all rows is
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -150,6 +151,17 @@ class Prefix:
     """
 
 
+class HeadShape(NamedTuple):
+    """The heads of one layer."""
+
+    n_heads: int
+    """Query heads."""
+    n_key_heads: int
+    width: int
+    """Of a query and a key."""
+    value_width: int
+
+
 @dataclass(slots=True)
 class Tap:
     """What the attention function does beside attending, in the forward that is running.
@@ -165,25 +177,31 @@ class Tap:
     captures: dict[tuple[int, str], Tensor | None] = field(default_factory=dict[tuple[int, str], "Tensor | None"])
     """(layer, name) -> the tensor, None until the layer has run."""
     fired_B: Tensor | None = None
-    """Edges that were really cut, a row."""
+    """Edges that were named and came by, a row; those that the model's own mask had closed among them."""
+    closed_B: Tensor | None = None
+    """How many of these edges were closed before, a row: by a window or a chunk. To cut them changes nothing."""
     empty_B: Tensor | None = None
     """Score lines left without any key, a row: those heads attend to nothing."""
     called: dict[int, nn.Module] = field(default_factory=dict[int, nn.Module])
     """Which module asked for which layer's attention: how a model's attention layers are found."""
+    shapes: dict[int, "HeadShape"] = field(default_factory=dict[int, "HeadShape"])
+    """Layer -> the heads that it came with: what a model really has, whatever its config is understood to say."""
     masks: dict[object, tuple[Tensor, bool]] = field(default_factory=dict[object, "tuple[Tensor, bool]"])
     """Address and shape -> a mask, kept so that no other can take its place, and whether it forbids anything."""
 
     def begin(self, n_rows: int, device: torch.device) -> None:
         self.fired_B = torch.zeros(n_rows, dtype=torch.long, device=device)
         self.empty_B = torch.zeros(n_rows, dtype=torch.long, device=device)
+        self.closed_B = torch.zeros(n_rows, dtype=torch.long, device=device)
         self.called.clear()
+        self.shapes.clear()
         self.masks.clear()
 
     def clear(self) -> None:
         self.cuts.clear()
         self.captures.clear()
         self.masks.clear()
-        self.keep = self.prefix = self.fired_B = self.empty_B = None
+        self.keep = self.prefix = self.fired_B = self.empty_B = self.closed_B = None
 
     def forbids(self, mask: Tensor) -> bool:
         """Whether a bool mask has anything False: looked at once a forward, since a GPU is waited for."""
@@ -200,16 +218,22 @@ class Tap:
         cut = self.cuts[layer].of_rows(rows) if layer in self.cuts else None
         assert self.fired_B is not None
         assert self.empty_B is not None
+        assert self.closed_B is not None
         part = Tap({layer: cut} if cut is not None else {}, prefix=prefix, masks=self.masks)
-        part.fired_B, part.empty_B = self.fired_B[rows], self.empty_B[rows]  # views
+        part.fired_B, part.empty_B, part.closed_B = self.fired_B[rows], self.empty_B[rows], self.closed_B[rows]  # views
         return part
 
-    def count(self, cut: Cut, dead_N: Tensor) -> None:
-        """Note that a cut was made, and which of its lines have no key left."""
+    def count(self, cut: Cut, closed_E: Tensor, dead_N: Tensor) -> None:
+        """Note that a cut was made, which of its edges were closed before, and which of its lines have no key left."""
         assert self.fired_B is not None
         self.fired_B += cut.per_row_B.to(self.fired_B.device)
         assert self.empty_B is not None
-        self.empty_B.index_add_(0, *(each.to(self.empty_B.device) for each in (cut.line_3N[0], dead_N.long())))
+        assert self.closed_B is not None
+        for count_B, row_N, found_N in (
+            (self.closed_B, cut.row_E, closed_E),
+            (self.empty_B, cut.line_3N[0], dead_N),
+        ):
+            count_B.index_add_(0, row_N.to(count_B.device), found_N.long().to(count_B.device))
 
     def capture(self, layer: int, name: str, value: Tensor, *, by_key_head: bool = False) -> None:
         """Keep a tensor that was asked for; [K, B, G, Q, S] is given back as TransformerLens's [B, H, Q, S]."""
@@ -256,6 +280,7 @@ def attention(
         )
     tap, layer = _tap(module), int(module.layer_idx)  # pyright: ignore[reportArgumentType]
     tap.called[layer] = module
+    tap.shapes[layer] = HeadShape(query.shape[1], key.shape[1], query.shape[3], value.shape[3])
     if tap.keep is not None:
         tap.keep[layer] = key, value
     for name, states in (("rot_q", query), ("rot_k", key), ("v", value)):
@@ -397,10 +422,12 @@ def _pattern(tap: Tap, layer: int, scores_KBGQS: Tensor, sinks_H: Tensor | None)
     if cut is not None:
         cut = cut.to(scores_KBGQS.device)
         head_E, head_N = cut.head_E, cut.line_3N[1]
-        scores_KBGQS[head_E // group, cut.row_E, head_E % group, cut.query_E, cut.key_E] = -torch.inf
+        edges = (head_E // group, cut.row_E, head_E % group, cut.query_E, cut.key_E)
+        closed_E = scores_KBGQS[edges].isneginf()
+        scores_KBGQS[edges] = -torch.inf
         lines = (head_N // group, cut.line_3N[0], head_N % group, cut.line_3N[2])
         dead_N = scores_KBGQS[lines].isneginf().all(-1)
-        tap.count(cut, dead_N)
+        tap.count(cut, closed_E, dead_N)
     tap.capture(layer, "attn_scores", scores_KBGQS, by_key_head=True)
     if sinks_H is not None:
         sink = sinks_H.view(scores_KBGQS.shape[0], 1, group, 1, 1).to(scores_KBGQS.dtype)

@@ -26,7 +26,7 @@ from transformers import Cache
 
 from raymi.model.attention import Prefix
 from raymi.model.full import Batch, Way
-from raymi.model.hooked import Cell, HookedModel, NotFinite
+from raymi.model.hooked import Cell, HookedModel, NotFinite, Tally
 from raymi.model.linear import quick_products
 from raymi.model.passing import EnoughError, passing_on, returned_beside, standing_in, unembed, with_hidden
 from raymi.model.proof import spread_of
@@ -149,7 +149,7 @@ class Cone:
         """
         rows = [cells[i] for i in indices]
         clean = self._clean_prompts(rows)
-        hidden_BD, returned, fired_B, empty_B = self._sweep(rows, clean)
+        hidden_BD, returned, tally = self._sweep(rows, clean)
         clean_CV = hidden_BD.new_empty(0)
         clean_error, n_clean = 0.0, len(clean)
         for begin, end in self._slices(len(hidden_BD)):
@@ -171,8 +171,9 @@ class Cone:
                 clean_PV,
                 logits_AV,
                 prompt_A,
-                fired_B[first:end],
-                empty_B[first:end],
+                tally.fired_B[first:end],
+                tally.empty_B[first:end],
+                None if tally.closed_B is None else tally.closed_B[first:end],
                 clean_error,
                 self.way,
             )
@@ -214,9 +215,9 @@ class Cone:
             )
         return largest
 
-    def _sweep(self, rows: Sequence[Cell], clean: Sequence[int]) -> tuple[Tensor, Any, Tensor, Tensor]:
-        """Last hidden states behind the last layer, [B, D], clean ones first; what the backbone returned; firings;
-        empty lines.
+    def _sweep(self, rows: Sequence[Cell], clean: Sequence[int]) -> tuple[Tensor, Any, Tally]:
+        """Last hidden states behind the last layer, [B, D], clean ones first; what the backbone returned; what was cut
+        and changed.
         """
         model, start = self.model, rows[0].first_query if self.prefix else 0
         prompts = [*clean, *(cell.prompt for cell in rows)]
@@ -246,9 +247,9 @@ class Cone:
             check = stack.enter_context(model.armed(interventions, n_positions, start=start, prefix=prefix))
             with suppress(EnoughError), quick_products(model.linears):
                 model.run(self.ids_PT[:1, start:], len(interventions), **seen)
-            fired_B, empty_B = check()
+            tally = check()
         hidden_BD, returned = kept
-        return hidden_BD, returned, fired_B, empty_B
+        return hidden_BD, returned, tally
 
     def _prefix(self, length: int, prompts: Sequence[int]) -> Prefix:
         if len(set(prompts)) > 1:

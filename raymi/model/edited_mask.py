@@ -5,7 +5,7 @@ opinion on those that do: with it, a family's own eager function computes the ab
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,9 +16,14 @@ from raymi.model.attention import Cut, Tap, UnsupportedAttention
 from raymi.model.sites import hidden_input
 
 
+def masks_of(module: nn.Module) -> list[Tensor]:
+    """Masks that an attention keeps beside the one that it is given: bool, [1, 1, T, T], True where it may attend."""
+    return [b for b in module.buffers() if b.dtype == torch.bool and b.dim() == 4 and b.shape[2] == b.shape[3] > 1]
+
+
 @contextmanager
 def edited_masks(
-    tap: Tap, attention: Mapping[int, nn.Module], z: Mapping[int, nn.Module], n_heads: int
+    tap: Tap, attention: Mapping[int, nn.Module], z: Mapping[int, nn.Module], n_heads: Callable[[int], int]
 ) -> Iterator[None]:
     """While inside, every layer of `tap.cuts` loses its edges in whatever forward runs.
 
@@ -26,14 +31,14 @@ def edited_masks(
         tap: what to cut; firings and empty lines are counted on it.
         attention: layer -> the module whose `attention_mask` is edited.
         z: layer -> its output projection, where a line left without keys is made zero.
-        n_heads: query heads.
+        n_heads: layer -> its query heads.
 
     Raises:
         UnsupportedAttention: during the forward, when a module is given no mask to edit.
     """
     with ExitStack() as stack:
         for layer, cut in tap.cuts.items():
-            edit = _Edit(tap, cut, n_heads, layer in z)
+            edit = _Edit(tap, cut, n_heads(layer), layer in z)
             stack.callback(attention[layer].register_forward_pre_hook(edit.mask, with_kwargs=True).remove)
             if layer in z:
                 stack.callback(z[layer].register_forward_pre_hook(edit.z).remove)
@@ -53,14 +58,17 @@ class _Edit:
         cut = self.cut
         n_rows = len(hidden_input(args, kwargs))
         mask_BHQS = given.expand(n_rows, self.n_heads, -1, -1).clone()
+        edges = (cut.row_E, cut.head_E, cut.query_E, cut.key_E)
         if mask_BHQS.dtype == torch.bool:
             # Every query may see itself, so the first entry says which of the two values means "may attend".
             attends = mask_BHQS[0, 0, 0, 0].clone()
-            mask_BHQS[cut.row_E, cut.head_E, cut.query_E, cut.key_E] = ~attends
+            closed_E = mask_BHQS[edges] != attends
+            mask_BHQS[edges] = ~attends
             open_NS = mask_BHQS[cut.line_3N.unbind()] == attends
         else:
             lowest = torch.finfo(mask_BHQS.dtype).min
-            mask_BHQS[cut.row_E, cut.head_E, cut.query_E, cut.key_E] = lowest
+            closed_E = mask_BHQS[edges] <= lowest / 2
+            mask_BHQS[edges] = lowest
             open_NS = mask_BHQS[cut.line_3N.unbind()] > lowest / 2
         dead_N = ~open_NS.any(-1)
         self.dead_3N = cut.line_3N[:, dead_N]
@@ -68,7 +76,9 @@ class _Edit:
             raise UnsupportedAttention(
                 f"{type(module).__name__}: a line without keys, and no output that could be zeroed"
             )
-        self.tap.count(cut, dead_N)
+        for buffer in masks_of(module):
+            closed_E |= ~buffer[0, 0, cut.query_E, cut.key_E].to(closed_E.device)
+        self.tap.count(cut, closed_E, dead_N)
         bound.arguments["attention_mask"] = mask_BHQS
         return bound.args, bound.kwargs
 

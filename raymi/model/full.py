@@ -25,6 +25,8 @@ class Batch(NamedTuple):
     """Row of `clean_PV` that each ablation belongs to."""
     fired_A: Tensor
     empty_A: Tensor
+    closed_A: Tensor | None
+    """Edges that the model's own mask had closed; None where that cannot be known."""
     clean_error: float
     """Largest logit difference of the batch's clean rows from the clean run; 0 where they are the same."""
     way: Way
@@ -58,4 +60,5 @@ class Full:
         prompt_A = torch.tensor([place[cell.prompt] for cell in of_batch], device=self.model.device)
         n = len(prompts)
         clean_PV, ablated_AV = out.logits_BV[:n], out.logits_BV[n:]
-        yield Batch(indices, clean_PV, ablated_AV, prompt_A, out.fired_B[n:], out.empty_B[n:], 0.0, self.way)
+        counts = (None if each is None else each[n:] for each in (out.fired_B, out.empty_B, out.closed_B))
+        yield Batch(indices, clean_PV, ablated_AV, prompt_A, *counts, 0.0, self.way)

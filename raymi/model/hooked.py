@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raymi.model.attention import NAME, Cut, Edges, Prefix, Tap, attach
-from raymi.model.edited_mask import edited_masks
+from raymi.model.attention import NAME, Cut, Edges, HeadShape, Prefix, Tap, attach
+from raymi.model.config import REACHES, of_layers, values, whole
+from raymi.model.edited_mask import edited_masks, masks_of
 from raymi.model.editing import SiteEdits, place
 from raymi.model.interventions import EDITABLE, Edit, Intervention, Mask
 from raymi.model.linear import linear_layers
@@ -49,13 +50,23 @@ class Output(NamedTuple):
     cache: dict[str, Tensor]
     """Site name -> what was there, after interventions at that site. Shapes are TransformerLens's."""
     fired_B: Tensor
-    """Edges cut and activations changed, a row, counted where it happened."""
+    """Edges cut that were open, and activations changed, a row, counted where it happened."""
     empty_B: Tensor
     """Attention lines (layer, head, query) left without any key, a row."""
+    closed_B: Tensor | None
+    """Edges to cut that the model's own mask had closed, a row; None where that cannot be known: all count as fired."""
 
 
-Check = Callable[[], tuple[Tensor, Tensor]]
-"""After a forward: how often each row's interventions fired, and its empty lines, [B] each. Raises NotFired."""
+class Tally(NamedTuple):
+    """What happened to each row of a forward, [B] each, as in `Output`."""
+
+    fired_B: Tensor
+    empty_B: Tensor
+    closed_B: Tensor | None
+
+
+Check = Callable[[], Tally]
+"""After a forward: how often each row's interventions fired. Raises NotFired."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,24 +95,13 @@ class HookedModel:
         text = model.config.get_text_config()
         self.n_layers: int = text.num_hidden_layers
         self.n_heads: int = _heads(text, name)
+        """Query heads, as its config says for the whole of it: layers may have others, see `heads`."""
         self.hidden_size: int = text.hidden_size
         self.vocab_size: int = cast(Any, model.get_output_embeddings()).weight.shape[0]
         self.device: torch.device = _device(model)
         """Where prompts go, and logits come out. Layers may be elsewhere, where accelerate has put them."""
         self.dtype: torch.dtype = model.dtype
         self.weight_bytes: int = sum(p.numel() * p.element_size() for p in model.parameters())
-        inner = _first_int(text, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * self.hidden_size
-        width = _first_int(text, "head_dim") or self.hidden_size // self.n_heads
-        keys = (_first_int(text, "num_key_value_heads") or self.n_heads) * width
-        self.shape = Shape(
-            n_heads=self.n_heads,
-            hidden_size=self.hidden_size,
-            intermediate_size=inner,
-            vocab_size=self.vocab_size,
-            itemsize=self.dtype.itemsize,
-            n_layers=self.n_layers,
-            key_width=keys,
-        )
         self.tap = Tap()
         self.linears = linear_layers(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -111,10 +111,53 @@ class HookedModel:
                 attach(module, self.tap)
         self.dispatches: bool = self._dispatch()
         """Whether the family calls raymi's attention function; if not, its masks are edited."""
+        self.head_shapes: dict[int, HeadShape] = dict(self.tap.shapes)
+        """Layer -> the heads that its attention really has; empty where the family computes its attention itself."""
+        self.heads_by_layer: tuple[int, ...] | None = self._heads_by_layer(text)
+        """Query heads of each layer, where not all have `n_heads`."""
+        self.shape: Shape = self._shape(text)
         layers = decoder_layers(model, self.n_layers, self._probe)
         self.backbone: nn.Module = backbone(model, layers, self._probe)
         """What the model calls to get the hidden states that it unembeds."""
         self.blocks: list[Block] = blocks(layers, self._attention_of(layers).__getitem__, self._probe)
+        self.tells_closed: bool = self.dispatches or self._shows_its_masks(text)
+        """Whether edges that the model's own mask has closed can be told from others."""
+
+    def _heads_by_layer(self, config: object) -> tuple[int, ...] | None:
+        said = of_layers(
+            config, self.n_layers, "num_attention_heads_per_layer", "num_attention_heads", "num_query_heads"
+        )
+        found = [
+            self.head_shapes[layer].n_heads if layer in self.head_shapes else said[layer] or self.n_heads
+            for layer in range(self.n_layers)
+        ]
+        return None if set(found) == {self.n_heads} else tuple(found)
+
+    def _shape(self, config: object) -> Shape:
+        """The largest of each thing that any layer has."""
+        inner = next(
+            (found[-1] for name in _INNER if (found := values(config, self.n_layers, name))), 4 * self.hidden_size
+        )
+        n_heads = max(self.heads_by_layer or (self.n_heads,))
+        width = max(values(config, self.n_layers, "head_dim"), default=self.hidden_size // n_heads)
+        n_key_heads = max(values(config, self.n_layers, "num_key_value_heads"), default=n_heads)
+        keys = [shape.n_key_heads * max(shape.width, shape.value_width) for shape in self.head_shapes.values()]
+        return Shape(
+            n_heads=n_heads,
+            hidden_size=self.hidden_size,
+            intermediate_size=inner,
+            vocab_size=self.vocab_size,
+            itemsize=self.dtype.itemsize,
+            n_layers=self.n_layers,
+            key_width=max([n_key_heads * width, *keys]),
+        )
+
+    def _shows_its_masks(self, config: object) -> bool:
+        """Whether a family that computes its attention itself has no window, or has it in masks that can be seen."""
+        if not any(values(config, self.n_layers, name) for name in REACHES):
+            return True
+        attention = [block.attention for block in self.blocks if block.attention is not None]
+        return all(masks_of(module) for module in attention)
 
     # -- finding one's way -------------------------------------------------------------------------------------------
 
@@ -146,6 +189,10 @@ class HookedModel:
         if not any(found):
             raise NoSuchPlace(f"{type(self.model).__name__} has no attention that raymi can reach")
         return found
+
+    def heads(self, layer: int) -> int:
+        """Query heads of a layer; of one without attention, what its config says."""
+        return self.n_heads if self.heads_by_layer is None else self.heads_by_layer[layer]
 
     @property
     def attention_layers(self) -> list[int]:
@@ -196,8 +243,8 @@ class HookedModel:
             for (layer, name), value in self.tap.captures.items():
                 if value is not None:
                     cache[f"blocks.{layer}.attn.hook_{name}"] = value
-            fired_B, empty_B = check()
-        return Output(logits_BV, {name: cache[name] for name in capture}, fired_B, empty_B)
+            tally = check()
+        return Output(logits_BV, {name: cache[name] for name in capture}, *tally)
 
     def predictions(
         self, ids_BT: Tensor, interventions: Sequence[Sequence[Intervention]], *, own_attention: bool = False
@@ -280,14 +327,14 @@ class HookedModel:
             for one in of_row:
                 self._refuse_missing(one, start + n_positions)
                 if isinstance(one, Mask):
-                    heads = range(self.n_heads) if one.heads is None else one.heads
+                    heads = range(self.heads(one.layer)) if one.heads is None else one.heads
                     edges.add(one.layer, row, heads, one.edges, start)
                     masks.setdefault((row, one.layer), []).append(one)
                     continue
                 at = one.layer, one.site
                 if at not in edits:
                     by_head = one.site == "attn.hook_z"
-                    edits[at] = SiteEdits(self.tap, self.n_heads, by_head, start, n_positions)
+                    edits[at] = SiteEdits(self.tap, self.heads(one.layer), by_head, start, n_positions)
                 expected[row] += edits[at].append(row, one)
         # Counted from what was asked for, not from the tensors that will do it: they are what is checked.
         for (row, _), of_row in masks.items():
@@ -296,7 +343,7 @@ class HookedModel:
 
     def _n_edges(self, masks: Sequence[Mask]) -> int:
         """Edges, each of one head, that the masks of one row and layer name together."""
-        heads = [range(self.n_heads) if mask.heads is None else mask.heads for mask in masks]
+        heads = [range(self.heads(mask.layer)) if mask.heads is None else mask.heads for mask in masks]
         if len(masks) == 1:
             return len(set(heads[0])) * len(set(masks[0].edges))
         return len(
@@ -319,9 +366,11 @@ class HookedModel:
             raise NoSuchPlace(f"{self.name}: layer {one.layer} has no attention to cut; {self.attention_layers} have")
         # Indices beyond either end would be an error of a tensor's, or count from the other end.
         positions = [query for query, _ in one.edges] if isinstance(one, Mask) else one.positions
-        for what, indices, size in (("head", one.heads or (), self.n_heads), ("position", positions, n_tokens)):
+        n_heads = self.heads(one.layer)
+        for what, indices, size in (("head", one.heads or (), n_heads), ("position", positions, n_tokens)):
             if outside := [index for index in indices if not 0 <= index < size]:
-                raise NoSuchPlace(f"{self.name}: {what} {outside[0]}, where there are 0 to {size - 1}")
+                at = f" of layer {one.layer}" if what == "head" and self.heads_by_layer is not None else ""
+                raise NoSuchPlace(f"{self.name}: {what} {outside[0]}{at}, where there are 0 to {size - 1}")
 
     def _hook(self, layer: int, site: str, edits: SiteEdits, stack: ExitStack) -> None:
         module, is_input = self._place(layer, site)
@@ -336,23 +385,24 @@ class HookedModel:
         except NoSuchPlace as error:
             raise NoSuchPlace(f"{self.name} has at layer {layer} {error}") from None
 
-    def _tally(self, expected_B: Tensor) -> tuple[Tensor, Tensor]:
-        fired_B, empty_B = self.tap.fired_B, self.tap.empty_B
+    def _tally(self, expected_B: Tensor) -> Tally:
+        fired_B, empty_B, closed_B = self.tap.fired_B, self.tap.empty_B, self.tap.closed_B
         assert fired_B is not None
         assert empty_B is not None
+        assert closed_B is not None
         if not torch.equal(fired_B.cpu(), expected_B):
             row = int((fired_B.cpu() != expected_B).nonzero()[0])
             raise NotFired(
                 f"{self.name}: the interventions of row {row} should have fired {int(expected_B[row])} times, "
                 f"and fired {int(fired_B[row])} times"
             )
-        return fired_B, empty_B
+        return Tally(fired_B - closed_B, empty_B, closed_B) if self.tells_closed else Tally(fired_B, empty_B, None)
 
     def _edited_masks(self) -> ExitStack:
         attention = {i: b.attention for i, b in enumerate(self.blocks) if b.attention is not None}
         z = {i: b.z for i, b in enumerate(self.blocks) if b.z is not None}
         stack = ExitStack()
-        stack.enter_context(edited_masks(self.tap, attention, z, self.n_heads))
+        stack.enter_context(edited_masks(self.tap, attention, z, self.heads))
         return stack
 
     # -- watching ----------------------------------------------------------------------------------------------------
@@ -391,7 +441,8 @@ class HookedModel:
     ) -> None:
         def given(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             value = hidden_input(args, kwargs).reshape(*shape, -1).clone()
-            cache[str(site)] = value.unflatten(-1, (self.n_heads, -1)) if site.name == "attn.hook_z" else value
+            by_head = site.layer is not None and site.name == "attn.hook_z"
+            cache[str(site)] = value.unflatten(-1, (self.heads(site.layer), -1)) if by_head else value
             then()
 
         def gave(_: nn.Module, __: tuple[object, ...], output: object) -> None:
@@ -428,6 +479,10 @@ class HookedModel:
         return f"{self.name}: NaN or infinity in {n_rows} of {len(ids_BT)} rows; {where}"
 
 
+_INNER = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+"""What configs call how wide an MLP is."""
+
+
 def _device(model: PreTrainedModel) -> torch.device:
     embedding = model.get_input_embeddings()
     # Where accelerate moves the weights to that it keeps elsewhere between forwards.
@@ -436,19 +491,11 @@ def _device(model: PreTrainedModel) -> torch.device:
 
 
 def _heads(config: object, name: str) -> int:
-    """Query heads of every layer: some configs have none, and some another number for each layer."""
-    try:
-        n_heads = getattr(config, "num_attention_heads", None)
-    except RuntimeError as error:
-        raise NoSuchPlace(f"{name} has a number of heads of its own in each layer") from error
+    """Query heads of the model: some configs have none."""
+    n_heads = whole(config, "num_attention_heads")
     if not isinstance(n_heads, int):
         raise NoSuchPlace(f"{name} has no attention heads: its config gives num_attention_heads as {n_heads}")
     return n_heads
-
-
-def _first_int(config: object, *names: str) -> int | None:
-    values = (getattr(config, name, None) for name in names)
-    return next((value for value in values if isinstance(value, int)), None)
 
 
 def _takes_a_mask(layer: nn.Module) -> nn.Module | None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from raymi.model import memory
+from raymi.model.config import REACHES, values, whole
 from raymi.model.engine import Capability, Engine, Way, measure_capability
 from raymi.model.hooked import HookedModel
 from raymi.model.linear import lay_out
@@ -100,14 +101,10 @@ def load(
     return Loaded(engine, seconds, time.perf_counter() - started, before, memory.snapshot(where))
 
 
-_REACHES = ("sliding_window", "attention_chunk_size", "attention_window_size", "local_attention", "window_size")
-"""What configs call how far back a layer can look."""
-
-
 def check_length(config: object, longest: int) -> int:
     """Tokens of the prompt that a model is checked on: past every window and chunk that the job's prompts get past."""
-    named = (getattr(config, name, None) for name in _REACHES)
-    within_reach = [value + 3 for value in named if isinstance(value, int) and value < longest]
+    n_layers = whole(config, "num_hidden_layers") or 1
+    within_reach = [value + 3 for name in REACHES for value in values(config, n_layers, name) if value < longest]
     return max(SHORTEST_CHECK, *within_reach, 0)
 
 

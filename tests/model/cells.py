@@ -117,8 +117,8 @@ def _change(x_1TD: Tensor, edit: Edit, n_heads: int) -> Tensor:
 
 def by_plain_hooks(
     model: PreTrainedModel, family: str, ids_PT: Tensor, cell: Cell, attention_layers: Sequence[int]
-) -> tuple[Tensor, int, int]:
-    """[V] logits of a cell, what fired in it, and how many lines were left with no key."""
+) -> tuple[Tensor, int, int, int]:
+    """[V] logits of a cell, what fired in it, how many lines were left with no key, and edges that were closed."""
     n_heads, n_tokens = model.config.get_text_config().num_attention_heads, ids_PT.shape[1]
     cuts = _Cuts([one for one in cell.interventions if isinstance(one, Mask)])
     fired = sum(int(cuts.cut(layer, (n_heads, n_tokens, n_tokens)).sum()) for layer in attention_layers)
@@ -147,8 +147,8 @@ def by_plain_hooks(
 
                 stack.callback(place.register_forward_hook(after).remove)
         ids_T: Tensor = ids_PT[cell.prompt]
-        logits_V, empty = oracles.by_edited_softmax(model, ids_T, cuts, attention_layers)  # type: ignore[arg-type]
-    return logits_V, fired, empty
+        found = oracles.by_edited_softmax(model, ids_T, cuts, attention_layers)  # type: ignore[arg-type]
+    return found.logits_V, fired - found.n_closed, found.n_empty, found.n_closed
 
 
 # ---- drawing -------------------------------------------------------------------------------------------------------

@@ -113,10 +113,10 @@ def compare(
     effects: list[float] = []
     clean_PV = torch.stack([oracles.last_logits(plain, ids_T) for ids_T in request.ids_PT])
     for i, cell in enumerate(request.cells):
-        theirs_V, fired, empty = drawn.by_plain_hooks(plain, family, request.ids_PT, cell, layers)
+        theirs_V, *counts = drawn.by_plain_hooks(plain, family, request.ids_PT, cell, layers)
         off = float((ours.ablated_AV[i] - theirs_V).abs().max())
         assert off <= atol, f"{cell} is off by {off:.1e}"
-        assert (int(ours.fired_A[i]), int(ours.empty_A[i])) == (fired, empty), cell
+        assert [int(of[i]) for of in (ours.fired_A, ours.empty_A, ours.closed_A)] == counts, cell
         effects.append(float((theirs_V - clean_PV[cell.prompt]).abs().max()))
     for p in {cell.prompt for cell in request.cells}:
         assert float((ours.clean_PV[p] - clean_PV[p]).abs().max()) <= atol
@@ -128,11 +128,12 @@ def measure(engine: Engine, request: Request) -> Measured:
     for batch in engine.ablations(request.ids_PT, request.cells):
         assert 0 <= batch.clean_error <= engine.capability.tolerance
         clean_AV = batch.clean_PV[batch.prompt_A]
-        for i, *row in zip(batch.cells, clean_AV, batch.ablated_AV, batch.fired_A, batch.empty_A, strict=True):
+        counts = batch.fired_A, batch.empty_A, batch.closed_A
+        for i, *row in zip(batch.cells, clean_AV, batch.ablated_AV, *counts, strict=True):
             assert i not in found, "measured twice"
             found[i] = row
     assert sorted(found) == list(range(len(request.cells)))
-    columns = [torch.stack([found[i][column] for i in range(len(found))]) for column in range(4)]
+    columns = [torch.stack([found[i][column] for i in range(len(found))]) for column in range(5)]
     clean_PV = torch.full((len(request.ids_PT), engine.model.vocab_size), torch.nan, dtype=columns[0].dtype)
     clean_PV[[cell.prompt for cell in request.cells]] = columns[0]
     return Measured(clean_PV, *columns[1:])

@@ -85,7 +85,8 @@ def test_cuts_of_a_layer_elsewhere_are_counted_where_the_prompt_is() -> None:
     tap = Tap()
     tap.begin(2, torch.device("cpu"))
     cut = cuts(torch.tensor([[0, 1, 2, 3, 1], [0, 1, 2, 3, 0]]).T, 2, torch.device("cpu"))[0]
-    tap.count(cut, torch.tensor([True]))
+    tap.count(cut, torch.tensor([False, True]), torch.tensor([True]))
     assert tap.fired_B is not None
     assert tap.empty_B is not None
-    assert (tap.fired_B.tolist(), tap.empty_B.tolist()) == ([0, 2], [0, 1])
+    assert tap.closed_B is not None
+    assert (tap.fired_B.tolist(), tap.empty_B.tolist(), tap.closed_B.tolist()) == ([0, 2], [0, 1], [0, 1])

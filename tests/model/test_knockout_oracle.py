@@ -79,18 +79,19 @@ def check(
     clean_PV = torch.stack([oracles.last_logits(plain, ids_T) for ids_T in ids_PT])
     clean = {name: clean_PV[p] for name, (p, _) in named.items()}
     found = {name: oracles.by_edited_softmax(plain, ids_PT[p], knockout) for name, (p, knockout) in named.items()}
-    left = [name for name, (_, n_empty) in found.items() if n_empty == 0 and oracles.dispatches(plain)]
+    left = [name for name, of in found.items() if of.n_empty == 0 and oracles.dispatches(plain)]
     masked = {name: oracles.by_edited_mask(plain, ids_PT[named[name][0]], named[name][1]) for name in left}
 
     cells = [cell(*of) for of in named.values()]
     for measured in (in_one_batch(engine.model, ids_PT, cells), by_engine(engine, ids_PT, cells)):
         ours = dict(zip(named, measured.ablated_AV, strict=True))
         torch.testing.assert_close(measured.clean_PV, clean_PV, atol=TOLERANCE, rtol=0)
-        compare(ours, {name: logits_V for name, (logits_V, _) in found.items()}, clean, share)
+        compare(ours, {name: of.logits_V for name, of in found.items()}, clean, share)
         if oracles.dispatches(plain):
             compare({name: ours[name] for name in left}, masked, clean, share)
-        assert measured.empty_A.tolist() == [n_empty for _, n_empty in found.values()]
-        assert measured.fired_A.tolist() == n_edges
+        assert measured.empty_A.tolist() == [of.n_empty for of in found.values()]
+        assert measured.closed_A.tolist() == [of.n_closed for of in found.values()]
+        assert (measured.fired_A + measured.closed_A).tolist() == n_edges
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -189,7 +190,8 @@ def test_company_in_a_batch_does_not_matter(family: str, hooked: Callable[[str],
     for row, of in enumerate(cells):
         alone = model.forward(ids_PT[of.prompt][None], [of.interventions])
         torch.testing.assert_close(together.ablated_AV[row], alone.logits_BV[0], atol=1e-5, rtol=0)
-        assert (together.fired_A[row], together.empty_A[row]) == (alone.fired_B[0], alone.empty_B[0])
+        counts = alone.fired_B, alone.empty_B, alone.closed_B
+        assert [of[row] for of in together[2:]] == [of[0] for of in counts if of is not None]
 
 
 # ---- the demo models ------------------------------------------------------------------------------------------------
@@ -252,12 +254,12 @@ def test_hybrids(family: str, hooked: Callable[[str], HookedModel], plain: Build
     capability = measure_capability(hooked(family), PROMPT)
     cells = [cell(0, knockout) for knockout in knockouts.values()]
     found = [oracles.by_edited_softmax(plain(family), prompt()[0], k, layers) for k in knockouts.values()]
-    theirs = dict(zip(knockouts, (logits_V for logits_V, _ in found), strict=True))
+    theirs = dict(zip(knockouts, (of.logits_V for of in found), strict=True))
     clean = dict.fromkeys(knockouts, oracles.last_logits(plain(family), prompt()[0]))
     for way in {capability.way, "full"}:
         measured = by_engine(Engine(hooked(family), capability, way), prompt(), cells)
         compare(dict(zip(knockouts, measured.ablated_AV, strict=True)), theirs, clean, 0.7)
-        assert measured.empty_A.tolist() == [n_empty for _, n_empty in found] == [0, 0, 0, 1]
+        assert measured.empty_A.tolist() == [of.n_empty for of in found] == [0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "jamba", "bamba", "recurrent_gemma"])

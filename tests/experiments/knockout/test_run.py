@@ -69,7 +69,7 @@ def _check_row(row: dict, of: TokenizedPrompt, ablation: Ablation, plain: nn.Mod
     ids_T = torch.tensor(of.token_ids)
     clean_V = oracles.last_logits(plain, ids_T)
     knockout = oracles.Knockout(ablation.layers, ablation.heads, ablation.edges)
-    ablated_V, n_empty = oracles.by_edited_softmax(plain, ids_T, knockout)
+    ablated_V, n_empty, n_closed = oracles.by_edited_softmax(plain, ids_T, knockout)
 
     # What was asked.
     assert {name: row[name] for name in GIVEN} == GIVEN
@@ -118,6 +118,7 @@ def _check_row(row: dict, of: TokenizedPrompt, ablation: Ablation, plain: nn.Mod
     # How it was measured.
     n_heads = 4 if ablation.heads is None else len(ablation.heads)
     assert row["fired"] == len(ablation.layers) * n_heads * len(ablation.edges)
+    assert row["closed"] == n_closed == 0
     assert row["empty_rows"] == n_empty == (1 if ablation.edges == EVERY_KEY else 0)
     assert 0 <= row["clean_error"] < 1e-4
 

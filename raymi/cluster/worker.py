@@ -94,6 +94,7 @@ class Worker:
         threads: what torch may use on the CPU; None leaves it to torch.
         trust_remote_code: run the Python code that the snapshot brings along.
         allow_pickle: accept weights that are not safetensors.
+        allow_unused: leave out tensors that the model of its config has no place for.
     """
 
     model: CachedModel
@@ -104,6 +105,7 @@ class Worker:
     threads: int | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    allow_unused: bool = False
     _tokenizer: Any = None
     _prompts: dict[str, TokenizedPrompt] = field(default_factory=dict[str, TokenizedPrompt])
     _saes: dict[str, tuple[SaeRef, ...]] = field(default_factory=dict[str, tuple[SaeRef, ...]])
@@ -208,6 +210,7 @@ class Worker:
             device=self.job.device,
             trust_remote_code=self.trust_remote_code,
             allow_pickle=self.allow_pickle,
+            allow_unused=self.allow_unused,
             longest=max(len(prompt.token_ids) for prompt in self._prompts.values()),
             way="full" if self.job.engine == "full" else None,
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymi.catalog import CachedModel
+from raymi.cluster.testbed import testbed
 from raymi.cluster.tokenised import to_rows
 from raymi.errors import UserError
 from raymi.experiments.knockout.spec import Ablation, Company, KnockoutSpec
@@ -112,6 +113,8 @@ class Worker:
     """By experiment."""
     _opened: "dict[SaeRef, SAE]" = field(default_factory=dict[SaeRef, Any])
     _engine: "Engine | None" = None
+    _testbed: Record = field(default_factory=Record)
+    """The row of table `testbeds`."""
     _texts: dict[int, str] = field(default_factory=dict[int, str])
     """Of the tokens that rows have named so far."""
     _draining: bool = False
@@ -135,7 +138,7 @@ class Worker:
         """Loads the weights, and the prompts if that was not done before, and verifies a few ablations.
 
         Returns:
-            Rows of the tables `models`, `verifications` and `events`.
+            Rows of the tables `models`, `testbeds`, `verifications` and `events`.
         """
         if not self._prompts and isinstance(failed := self.prepare(), Failed):
             return failed
@@ -147,6 +150,7 @@ class Worker:
             return failure(error)
         return {
             "models": schemas.rows("models", [_describe(self.model, self.job.dtype, loaded)]),
+            "testbeds": schemas.rows("testbeds", [self._testbed]),
             "verifications": schemas.rows("verifications", verified),
             "events": self._gave_up("before the first unit"),
         }
@@ -215,6 +219,7 @@ class Worker:
             way="full" if self.job.engine == "full" else None,
         )
         self._engine = loaded.engine
+        self._testbed = testbed(loaded.model.device, self.job.dtype)
         return loaded
 
     def _verify(self, engine: "Engine") -> list[dict[str, Any]]:
@@ -257,6 +262,7 @@ class Worker:
         spec = next(spec for spec in self.job.experiments if spec.name == unit.experiment)
         rows = self._knock_out(unit) if isinstance(spec, KnockoutSpec) else self._with_saes(spec, unit)
         table = "ablations" if isinstance(spec, KnockoutSpec) else spec.table
+        rows = rows.append_column(schemas.TESTBED, [[self._testbed["testbed"]] * rows.num_rows])
         tables = {table: rows, "vocabulary": self._vocabulary(rows), "events": self._gave_up(f"unit {unit.unit_id}")}
         return Done(unit.unit_id, tables, time.perf_counter() - started)
 
@@ -266,6 +272,7 @@ class Worker:
         events = [
             {
                 "model_id": self.model.id,
+                "revision": self.model.revision,
                 "kind": "full",
                 "message": scrub(f"{what}: {why}" + (f" ({times} times)" if times > 1 else "")),
                 "happened_at": datetime.now(UTC),

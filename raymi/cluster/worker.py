@@ -350,10 +350,13 @@ def _refuse_mismatch(model_id: str, records: list[dict[str, Any]], before: Seque
     """Raises Mismatch when one of them has not passed; `before` is recorded with them."""
     failed = [record for record in records if not record["passed"]]
     if failed:
-        worst = max(record["max_logit_diff"] for record in failed)
+        worst = max(failed, key=lambda record: record["max_logit_diff"])
+        off, noise, where = worst["max_logit_diff"], worst["tolerance"], "in the logits"
+        if off <= noise and worst.get("spread") is not None:  # only over all of them together it shows
+            off, noise, where = worst["spread"], worst["spread_tolerance"], "over all logits"
         raise Mismatch(
             f"{model_id}: {len(failed)} of {len(records)} verified ablations differ from full forwards, by up to "
-            f"{worst:.1e} in the logits where {failed[0]['tolerance']:.1e} would be noise",
+            f"{off:.1e} {where} where {noise:.1e} would be noise",
             [*before, *records],
         )
 

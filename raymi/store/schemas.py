@@ -108,11 +108,20 @@ VERIFICATIONS = pa.schema(
         ("tolerance", pa.float64()),
         ("passed", pa.bool_()),
         ("measured_at", _TIME),
+        ("spread", pa.float64()),
+        ("spread_tolerance", pa.float64()),
+        ("flips", pa.int32()),
+        ("jumped", pa.bool_()),
     ]
 )
 """One row an ablation that a replica measured a second time, by a full forward of the family's own attention.
 
-`max_logit_diff` is between the two, `effect` between clean and ablated, both the largest over the vocabulary."""
+`max_logit_diff` is between the two, `effect` between clean and ablated, both the largest over the vocabulary.
+
+In half precision the second forward is in float32, and what is compared are effects (ablated - clean), a shift of all
+logits aside: `spread` is the root of the difference's mean square. `flips` counts the choices of experts, a token and
+layer, that the family's own forward makes otherwise in half precision; `jumped` says that the measured one was right
+only when it made them as in float32. All four are null in float32."""
 
 FAILURES = pa.schema(
     [

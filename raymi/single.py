@@ -25,14 +25,7 @@ Record = dict[str, Any]
 CLEAN_TOP = 5
 
 
-def measure(
-    job: Job,
-    model: CachedModel,
-    *,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-    allow_unused: bool = False,
-) -> Record:
+def measure(job: Job, model: CachedModel, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Record:
     """Loads a model, measures the job's one ablation on it, and lets go of it.
 
     Args:
@@ -40,7 +33,6 @@ def measure(
         model: the model.
         trust_remote_code: see `raymi.load`.
         allow_pickle: see `raymi.load`.
-        allow_unused: see `raymi.load`.
 
     Raises:
         UserError: the model or its tokenizer has not what the job names.
@@ -58,7 +50,6 @@ def measure(
         device=job.device,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
-        allow_unused=allow_unused,
         longest=len(read.token_ids),
     )
     return {
@@ -94,7 +85,6 @@ def _about_model(model: CachedModel, loaded: "Loaded") -> Record:
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "weight_bytes": hooked.weight_bytes,
-        "not_built": list(loaded.not_built),
         "memory": {"before_load": loaded.before._asdict(), "after_load": loaded.after._asdict()},
         "capability": asdict(loaded.capability),
     }

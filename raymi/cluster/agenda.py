@@ -10,7 +10,7 @@ from raymi.catalog import CachedModel
 from raymi.cluster.tokenised import from_rows
 from raymi.cluster.worker import Failed, failure
 from raymi.errors import UserError
-from raymi.experiments.sae.resolve import Record, refs
+from raymi.experiments.sae.resolve import Record, is_current, latest, refs
 from raymi.job import Job
 from raymi.plan import CutRule, Saes, Unit, full_forward_flops, units
 from raymi.prompts import Prompt, TokenizedPrompt
@@ -40,6 +40,7 @@ class Known:
             all(prompt.id in self.prompts for prompt in job.prompts)
             and all(any(map(corpus.holds, self.prompts)) for corpus in job.corpora)
             and all(spec.name in found for spec in job.sae_experiments)
+            and all(map(is_current, self.saes))
         )
 
 
@@ -182,6 +183,8 @@ def stored(store: Store, run: str) -> Stored:
         found.setdefault((row["model_id"], row["revision"]), Known()).prompts[prompt.prompt.id] = prompt
     for row in store.scan("saes", run).select(pl.exclude("run", "model")).collect().iter_rows(named=True):
         found.setdefault((row["model_id"], row["revision"]), Known()).saes.append(row)
+    for known in found.values():
+        known.saes = latest(known.saes)
     return found
 
 

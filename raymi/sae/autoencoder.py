@@ -1,6 +1,7 @@
 """What autoencoders compute, whatever file they came from.
 
-Features are activation((normalised x - b_dec where asked) @ W_enc + b_enc), outputs features @ W_dec + b_dec.
+Features are activation((normalised x - b_dec where asked) @ W_enc + b_enc), outputs features @ W_dec + b_dec. Where an
+autoencoder was trained on centred activations, x is taken without its mean over the width, and gets it back at the end.
 
 Legend: N rows (all leading dimensions flattened), D input width, O output width, F features, A active features.
 """
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from raymi.sae.description import Description
+from raymi.sae.largest import top_k
 
 ROWS = 1024
 """Rows that are encoded at a time."""
@@ -196,7 +198,7 @@ class SAE:
         Args:
             features: [..., F], or sparse at a cost in proportion to the active ones.
             like: the activations [..., D] that were encoded: needed where the input is normalised row by row, so that
-                the output can be taken back to its scale.
+                the output can be taken back to its scale. What is centred gets the mean of these back.
 
         Returns:
             [..., O], heads joined.
@@ -210,7 +212,10 @@ class SAE:
             if self.about.rescale_by_decoder_norm:
                 flat = flat * (1 / self._decoder_norms)
             raw = torch.addmm(self._weight("b_dec"), flat, self._weight("W_dec"))
-        return self._denormalised(raw, back).reshape(*lead, self.about.d_out)
+        out = self._denormalised(raw, back)
+        if self.about.centred and like is not None and not self.about.transcoder:
+            out = out + self._joined(like).reshape(-1, self.about.d_in).mean(-1, keepdim=True)
+        return out.reshape(*lead, self.about.d_out)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor, features: Sparse | None = None) -> Tensor:
@@ -225,7 +230,7 @@ class SAE:
         """
         out = self.decode(features or self.encode_sparse(x), like=x)
         if self.about.skip:
-            out += self._joined(x) @ self._weight("W_skip").T
+            out += self._seen(x) @ self._weight("W_skip").T
         return out if self.about.transcoder else out.reshape(x.shape)
 
     @torch.no_grad()
@@ -402,7 +407,7 @@ class SAE:
 
     def _rows(self, x: Tensor) -> tuple[_Input, tuple[int, ...]]:
         """Activations as rows for the encoder, and their leading dimensions."""
-        joined = self._joined(x)
+        joined = self._seen(x)
         given = self._normalised(joined.reshape(-1, self.about.d_in))
         if self.about.apply_b_dec_to_input:
             given = _Input(given.rows - self._weight("b_dec"), given.scale, given.shift)
@@ -432,12 +437,17 @@ class SAE:
             return _Input(torch.empty(0))
         if like is None:
             raise ValueError(f"{self!r} normalises its input row by row ({self.about.normalisation}): give `like`")
-        return self._normalised(self._joined(like).reshape(-1, self.about.d_in))
+        return self._normalised(self._seen(like).reshape(-1, self.about.d_in))
 
     @staticmethod
     def _denormalised(raw: Tensor, back: _Input) -> Tensor:
         out = raw if isinstance(back.scale, float) and back.scale == 1.0 else raw * back.scale
         return out if back.shift is None else out + back.shift
+
+    def _seen(self, x: Tensor) -> Tensor:
+        """Activations as the encoder may see them: without their mean, where it knows none."""
+        joined = self._joined(x)
+        return joined - joined.mean(-1, keepdim=True) if self.about.centred else joined
 
     def _joined(self, x: Tensor) -> Tensor:
         """Activations in this autoencoder's dtype, with the heads one after the other where they are joined."""
@@ -473,27 +483,3 @@ class SAE:
     def _nothing(self) -> tuple[Tensor, Tensor, Tensor]:
         none = torch.zeros(0, dtype=torch.int64, device=self.device)
         return none, none, torch.zeros(0, dtype=self.dtype, device=self.device)
-
-
-def top_k(activations: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest numbers of every row and their indices, the largest first; of equals the lowest index wins.
-
-    torch.topk, which the libraries call, takes any of equals, depending on device and width.
-
-    Args:
-        activations: [N, M], none negative. Zeros among the k largest may have any index.
-        k: at most M.
-
-    Returns:
-        Values and indices, each [N, k].
-    """
-    values, indices = activations.topk(min(k + 1, activations.shape[1]), dim=1)
-    last, next_ = values[:, k - 1], values[:, -1]
-    values, indices = values[:, :k], indices[:, :k]
-    unsure = ((last == next_) & (last > 0)).nonzero()[:, 0] if k < activations.shape[1] else []
-    if len(unsure):
-        ordered = activations[unsure].sort(dim=1, descending=True, stable=True)
-        values[unsure], indices[unsure] = ordered.values[:, :k], ordered.indices[:, :k]
-    indices, by_index = indices.sort(dim=1)
-    values, by_value = values.gather(1, by_index).sort(dim=1, descending=True, stable=True)
-    return values, indices.gather(1, by_value)

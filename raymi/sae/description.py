@@ -14,6 +14,8 @@ Reading = Literal["as is", "transposed", "exponential", "scalar"]
 
 SITES = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z")
 """Where in a block of a model raymi can feed an autoencoder; besides these, `hook_embed`."""
+OF_STREAM = ("hook_embed", "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
+"""What is in the residual stream, or is added to it as it stands."""
 MLP_INPUT = "ln2.hook_normalized"
 """What formats call a transcoder's input, by many names: what a block's MLP is fed. Read there, never written."""
 _SAME_MODEL = {"gpt2-small": "gpt2"}
@@ -64,6 +66,9 @@ class Description:
     """TransformerLens's name of the place whose activations it takes."""
     site_out: str | None = None
     """The place that a transcoder predicts; None for an autoencoder."""
+    of_modules: bool = False
+    """Whether `site` and `site_out` mean what the modules themselves give (or are given), named as if nothing stood
+    between them and the residual stream: in families with norms behind them that is `mlp.hook_out`, `attn.hook_out`."""
     head: int | None = None
     """The attention head that it looks at, where it is one head."""
     heads_joined: bool = False
@@ -74,11 +79,20 @@ class Description:
     """`expected_average_only_in`: what inputs are multiplied with; None where no file says."""
     output_scale: float | None = None
     """What outputs are divided by."""
+    centred: bool = False
+    """Whether it sees activations without their mean over the width: those of a model loaded with centred weights."""
+    centred_out: bool = False
+    """Whether what it writes has none either: to be given back."""
     rescale_by_decoder_norm: bool = False
     unit_decoder: bool = False
     """Whether decoder rows are brought to length 1 when it is loaded, and its features scaled to match."""
+    unit_decoder_required: bool = False
+    """Whether decoder rows have to be of length 1: its library would multiply by their lengths."""
     context_size: int | None = None
     prepend_bos: bool | None = None
+    """Whether its training texts began with BOS; None where its files do not say."""
+    model_revision: str | None = None
+    """Of the model that it was trained on, where its files name one."""
     source: str = ""
     """What `raymi.sae.load` is given to open it: `repo:path`, or a folder."""
     revision: str | None = None
@@ -141,7 +155,12 @@ def check_fits(
     Raises:
         UserError: naming the file and what does not fit: the model, the site, the layer or the width.
     """
-    places = [(sae.site, sae.d_in, (*SITES, MLP_INPUT) if sae.site_out else SITES)]
+    if sae.transcoder and sae.site_out is None:
+        raise UserError(
+            f"{sae.file}: this is a transcoder, and its files do not say which site of the model it predicts",
+            hint=f"Name it as `site_out`, such as blocks.{sae.layer or 0}.hook_mlp_out.",
+        )
+    places = [(sae.site, sae.d_in, (*SITES, MLP_INPUT) if sae.transcoder else SITES)]
     places += [(sae.site_out, sae.d_out, SITES)] if sae.site_out else []
     if not any_model and sae.model_id is not None and not same_model(sae.model_id, model_id):
         raise UserError(

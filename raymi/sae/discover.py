@@ -50,6 +50,7 @@ def describe(
     *,
     cache_dir: Path | None = None,
     site: str | None = None,
+    site_out: str | None = None,
     model_id: str | None = None,
     input_scale: float | None = None,
 ) -> Description:
@@ -59,11 +60,13 @@ def describe(
         where: a folder, a file in it, or `repo[@revision][:path]` in the cache.
         cache_dir: the cache; by default the one HF_HOME names.
         site: the hook point it belongs to, where its files do not say.
+        site_out: the one that a transcoder predicts, where its files do not say.
         model_id: the model it belongs to, where its files do not say.
         input_scale: what its inputs are multiplied with, where it normalises them by an average that no file states.
 
     Raises:
-        UserError: when there is none, or several, or when raymi does not know what it computes.
+        UserError: when there is none, or several, or when raymi does not know what it computes; or `site_out` is given
+            for what its files know as an autoencoder.
     """
     place = locate(where, cache_dir=cache_dir)
     form = recognise(place)
@@ -77,8 +80,21 @@ def describe(
     if form is None or file is None:
         raise UserError(f"{place}: there is no SAE")
     about = form.describe(place, file)
-    about = replace(about, site=site or about.site, model_id=model_id or about.model_id)
-    return _scaled(about, input_scale)
+    return _scaled(replace(placed(about, site, site_out), model_id=model_id or about.model_id), input_scale)
+
+
+def placed(about: Description, site: str | None, site_out: str | None) -> Description:
+    """The same where a user says that it belongs; what is named is meant as it is called."""
+    if site is None and site_out is None:
+        return about
+    if site_out is not None and about.site is not None and not about.transcoder:
+        raise UserError(f"{about.file}: `site_out` is for a transcoder, and this SAE writes where it reads")
+    return replace(
+        about,
+        site=site or about.site,
+        site_out=site_out or about.site_out,
+        of_modules=about.of_modules and site is None and site_out is None,
+    )
 
 
 def fetch(where: str, *, cache_dir: Path | None = None) -> Description:

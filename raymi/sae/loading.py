@@ -1,6 +1,7 @@
 """From a place to an autoencoder that computes: its tensors are checked, mapped, and brought into one convention."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,8 +25,10 @@ def load(
     device: str = "cpu",
     dtype: str = "float32",
     site: str | None = None,
+    site_out: str | None = None,
     model_id: str | None = None,
     input_scale: float | None = None,
+    centred: bool = True,
 ) -> SAE:
     """Opens a sparse autoencoder or transcoder of any format that raymi knows. Nothing is downloaded.
 
@@ -39,8 +42,11 @@ def load(
         device: where it computes.
         dtype: in what it computes: float32, bfloat16 or float16.
         site: the hook point it belongs to, where its files do not say.
+        site_out: the one that a transcoder predicts, where its files do not say.
         model_id: the model it belongs to, where its files do not say.
         input_scale: what its inputs are multiplied with, where it normalises them by an average that no file states.
+        centred: whether activations are taken without their mean over the width, where its files say so. A model with
+            RMS norms cannot be loaded with centred weights, whatever they say.
 
     Raises:
         UserError: for what is not there, not whole, or not known; it names file and tensor.
@@ -50,7 +56,11 @@ def load(
     if dtype not in _DTYPES:
         raise UserError(f"dtype {dtype!r} is not supported; raymi computes in {', '.join(_DTYPES)}")
     place = where if where is not None else f"{repo}:{path}" if path else str(repo)
-    about = describe(place, cache_dir=cache_dir, site=site, model_id=model_id, input_scale=input_scale)
+    about = describe(
+        place, cache_dir=cache_dir, site=site, site_out=site_out, model_id=model_id, input_scale=input_scale
+    )
+    if not centred:
+        about = replace(about, centred=False, centred_out=False)
     if about.normalisation == "expected_average_only_in" and about.input_scale is None:
         raise UserError(
             f"{about.file}: inputs are to be scaled by an average norm which no file of this SAE states",
@@ -68,6 +78,8 @@ def tensors(about: Description) -> dict[str, Tensor]:
     stored = files.tensors(about.file)
     _check(about, stored)
     ready = {name: _read(stored[where.name], where, about) for name, where in about.tensors.items()}
+    if about.unit_decoder_required:
+        _refuse_lengths(about, ready["W_dec"])
     if about.constant_threshold is not None:
         ready["threshold"] = torch.tensor(about.constant_threshold).expand(about.d_sae)
     return _unit_decoder(ready) if about.unit_decoder else ready
@@ -109,6 +121,19 @@ def _read(tensor: Tensor, where: Stored, about: Description) -> Tensor:
         case "as is":
             pass
     return tensor if where.factor == 1.0 else tensor * where.factor
+
+
+def _refuse_lengths(about: Description, decoder: Tensor) -> None:
+    """Refuses decoder rows of other lengths than 1, but for the rounding of the file's own numbers."""
+    norms = decoder.float().norm(dim=1)
+    rounding = 10 * torch.finfo(decoder.dtype).eps
+    off = float((norms - 1).abs().max())
+    if off > rounding:
+        raise UserError(
+            f"{about.file}: decoder rows are up to {off:.2g} off length 1, and sparsity_include_decoder_norm has "
+            "features multiplied by these lengths before their threshold, which raymi does not do",
+            hint="Fold the lengths into encoder, biases and decoder, and write the file again.",
+        )
 
 
 def _unit_decoder(ready: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from raymi.sae import autoencoder
-from raymi.sae.autoencoder import SAE, top_k
+from raymi.sae.autoencoder import SAE
 from raymi.sae.description import Activation
 from raymi.sae.evaluate import reconstruction
-from tests.device import NAMED
+from raymi.sae.largest import top_k
 from tests.sae.making import D, F, sae
 
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
@@ -238,15 +238,14 @@ def test_computing_in_halves(activation: Activation, dtype: torch.dtype) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not (NAMED or torch.cuda.is_available()), reason="no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("coarse", [False, True])
 def test_a_gpu_computes_the_same(activation: Activation, coarse: bool) -> None:
     """Coarse weights tie, which a GPU's own topk would settle otherwise."""
-    about = sae(activation, coarse=coarse, apply_b_dec_to_input=True)
-    made = SAE(about.about, about._stored, device=torch.device("cpu"))
-    gpu = SAE(about.about, about._stored, device=torch.device(NAMED or "cuda"))
-    x = torch.randint(-1, 2, (9, D), device="cpu").float() if coarse else torch.randn(9, D, device="cpu")
+    made = sae(activation, coarse=coarse, apply_b_dec_to_input=True)
+    gpu = SAE(made.about, made._stored, device=torch.device("cuda"))
+    x = torch.randint(-1, 2, (9, D)).float() if coarse else torch.randn(9, D)
     sparse, there = made.encode_sparse(x), gpu.encode_sparse(x)
     assert torch.equal(there.indices.cpu(), sparse.indices)
     assert torch.equal(there.offsets.cpu(), sparse.offsets)

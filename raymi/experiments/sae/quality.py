@@ -116,7 +116,12 @@ def _reconstructed(
     sae, found = task.saes(ref), active(task, ref, run, counts_BT)
     out_NO = sae.reconstruct(read_counted(task, ref, ref.site, run, counts_BT), found)
     target_NO = read_counted(task, ref, ref.written, run, counts_BT)
-    return reconstruction(target_NO, out_NO, found, text_N), out_NO
+    if not sae.about.centred_out:
+        return reconstruction(target_NO, out_NO, found, text_N), out_NO
+    # Metrics are of what it was trained on; the model gets back what is not in that.
+    mean_N1 = target_NO.to(out_NO).mean(-1, keepdim=True)
+    out_NO = out_NO + mean_N1 if sae.about.transcoder else out_NO
+    return reconstruction(target_NO.to(out_NO) - mean_N1, out_NO - mean_N1, found, text_N), out_NO
 
 
 def _again(task: Task, run: Restart, ref: SaeRef, value: Tensor, counts_BT: Tensor | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any
 
 from raymi.catalog import CachedModel
 from raymi.errors import UserError
+from raymi.experiments.sae import modules
 from raymi.experiments.sae.spec import SaeChoice, SaeRef, SaeSpec
 from raymi.sae.description import Description, check_fits, same_model
-from raymi.sae.discover import describe, scan
+from raymi.sae.discover import describe, placed, scan
 
 Record = dict[str, Any]
 """One row of table `saes`."""
@@ -47,6 +47,61 @@ def resolve(
     return records
 
 
+def renewed(
+    records: Iterable[Record], specs: Iterable[SaeSpec], model: CachedModel, *, cache_dir: Path | None = None
+) -> list[Record]:
+    """Rows of an older raymi, looked up again: it did not read all that an autoencoder's files say of how it is fed.
+
+    The same files are looked at, whatever a pattern would match by now. What a pattern took and cannot be used is left.
+
+    Args:
+        records: rows of table `saes` of one model.
+        specs: the job's experiments.
+        model: the model.
+        cache_dir: see `resolve`.
+
+    Raises:
+        UserError: what the job names cannot be used, or nothing is left of an experiment's autoencoders.
+    """
+    by_name = {spec.name: spec for spec in specs}
+    found: dict[str, list[Record]] = {}
+    refusals: dict[str, UserError] = {}
+    for row in records:
+        spec, its = by_name.get(row["experiment"]), found.setdefault(row["experiment"], [])
+        if spec is None or is_current(row):
+            its.append(row)
+            continue
+        try:
+            its.append(_again(row, spec, model, cache_dir))
+        except UserError as error:
+            if any(not choice.is_pattern for choice in spec.saes):
+                raise
+            refusals[spec.name] = error
+    for name, error in refusals.items():
+        if not found[name]:
+            raise error
+    return [row for its in found.values() for row in its]
+
+
+def is_current(row: Mapping[str, Any]) -> bool:
+    """Whether all that is read today was read of an autoencoder when the row was made."""
+    return row["sae"] is None or row.get("centred") is not None
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """Rows of table `saes` without those that were looked up again."""
+    rows = list(records)
+    known = {(row["experiment"], row["sae"]) for row in rows if is_current(row)}
+    return [row for row in rows if is_current(row) or (row["experiment"], row["sae"]) not in known]
+
+
+def _again(row: Record, spec: SaeSpec, model: CachedModel, cache_dir: Path | None) -> Record:
+    about = describe(row["where"], cache_dir=cache_dir, input_scale=row["input_scale"])
+    said = next((choice for choice in spec.saes if choice.site is not None and choice.site == row["site"]), None)
+    about = placed(about, said.site, said.site_out) if said else about
+    return _record(spec, row["input_scale"], model, about) | {name: row[name] for name in ("sae", "where", "version")}
+
+
 def refs(records: Iterable[Mapping[str, Any]]) -> dict[str, tuple[SaeRef, ...]]:
     """The autoencoders of such rows, by experiment, in an order that is always the same; perhaps none."""
     found: dict[str, list[SaeRef]] = {}
@@ -62,6 +117,10 @@ def refs(records: Iterable[Mapping[str, Any]]) -> dict[str, tuple[SaeRef, ...]]:
             site_out=row["site_out"],
             d_sae=row["d_sae"],
             input_scale=row["input_scale"],
+            centred=bool(row.get("centred")),
+            prepend_bos=row.get("prepend_bos"),
+            bos=row.get("bos"),
+            plain=row.get("plain"),
         )
         its.append(ref)
     return {name: tuple(sorted(its, key=lambda ref: (ref.layer, ref.site, ref.name))) for name, its in found.items()}
@@ -108,7 +167,7 @@ def _records(spec: SaeSpec, model: CachedModel, cached: _Cached) -> list[Record]
             try:
                 if about is None:
                     raise UserError(reason or "cannot be used")
-                record = _record(spec, choice, model, replace(about, site=choice.site or about.site))
+                record = _record(spec, choice.input_scale, model, placed(about, choice.site, choice.site_out))
             except UserError as error:
                 left.append(f"{name}: {error.what}")
                 of_this |= about is not None and about.model_id is not None and same_model(about.model_id, model.id)
@@ -130,15 +189,21 @@ def _none(spec: SaeSpec, model: CachedModel) -> Record:
 
 def _named(spec: SaeSpec, choice: SaeChoice, model: CachedModel, cache_dir: Path | None) -> Record:
     place = choice.local or choice.sae
-    about = describe(place, cache_dir=cache_dir, site=choice.site, input_scale=choice.input_scale)
-    return _record(spec, choice, model, about)
+    about = describe(
+        place, cache_dir=cache_dir, site=choice.site, site_out=choice.site_out, input_scale=choice.input_scale
+    )
+    record = _record(spec, choice.input_scale, model, about)
+    return record | {"sae": choice.sae} if about.revision is None else record
 
 
-def _record(spec: SaeSpec, choice: SaeChoice, model: CachedModel, about: Description) -> Record:
+def _record(spec: SaeSpec, input_scale: float | None, model: CachedModel, about: Description) -> Record:
     """One autoencoder that fits; UserError otherwise."""
     if model.n_layers is None or model.hidden_size is None:
         raise UserError(f"{model.id}: its config.json does not say how many layers it has, and how wide they are")
     heads = model.n_heads
+    named = about
+    about = modules.in_model(about, model)
+    _check_revision(spec, model, about)
     check_fits(
         about,
         model_id=model.id,
@@ -157,7 +222,7 @@ def _record(spec: SaeSpec, choice: SaeChoice, model: CachedModel, about: Descrip
         "model_id": model.id,
         "revision": model.revision,
         "experiment": spec.name,
-        "sae": choice.sae if about.revision is None else about.source,
+        "sae": about.source,
         "where": _place(about),
         "version": about.revision or _version(about),
         "site": about.site,
@@ -168,8 +233,27 @@ def _record(spec: SaeSpec, choice: SaeChoice, model: CachedModel, about: Descrip
         "k": about.k,
         "format": about.format,
         "dtype": about.dtype,
-        "input_scale": choice.input_scale,
+        "input_scale": input_scale,
+        "centred": (about.centred or about.centred_out) and not modules.has_rms_norms(model),
+        "prepend_bos": about.prepend_bos,
+        "bos": None,
+        "plain": modules.meant(about) if about == named else None,
     }
+
+
+def _check_revision(spec: SaeSpec, model: CachedModel, about: Description) -> None:
+    """Whether the checkpoint is the one whose activations it was trained on, where its files name one."""
+    wanted = about.model_revision
+    if wanted is None or spec.any_model:
+        return
+    ref = model.path.parent.parent / "refs" / wanted
+    commit = ref.read_text().strip() if ref.is_file() else wanted
+    if wanted != "main" and not model.revision.startswith(commit):
+        raise UserError(
+            f"{about.file}: this SAE was trained on revision {wanted!r} of its model, and {model.id} is at "
+            f"{model.revision[:8]}",
+            hint=f"`raymi fetch {model.id}@{wanted}` and name that revision, or say `any_model`.",
+        )
 
 
 def _place(about: Description) -> str:

@@ -36,6 +36,14 @@ class SaeRef:
     """What a transcoder predicts; None for an autoencoder, which writes where it reads."""
     d_sae: int
     input_scale: float | None = None
+    centred: bool = False
+    """Whether it takes activations without their mean over the width."""
+    prepend_bos: bool | None = None
+    """Whether its files say that its texts began with BOS."""
+    bos: Literal["always", "never"] | None = None
+    """How texts begin for the experiment, where its autoencoders want that otherwise than the tokenizer has it."""
+    plain: str | None = None
+    """What the plan took for the same place: `mlp.hook_out` where no norm stands behind the module. To be confirmed."""
 
     @property
     def written(self) -> str:
@@ -51,7 +59,8 @@ class SaeRef:
     @property
     def identity(self) -> list[object]:
         """What its numbers depend on, beside the model and the text."""
-        return [self.name, self.version, self.site, self.site_out, self.input_scale]
+        said: list[object] = [self.name, self.version, self.site, self.site_out, self.input_scale]
+        return [*said, "centred"] if self.centred else said
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +80,8 @@ class SaeChoice(Fields):
     sae: str = Field(min_length=1)
     site: str | None = None
     """The hook point, where its files do not say."""
+    site_out: str | None = None
+    """The one that a transcoder predicts, where its files do not say."""
     input_scale: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """What its inputs are multiplied with, where it normalises them by an average that no file states."""
     _folder: Path | None = PrivateAttr(default=None)

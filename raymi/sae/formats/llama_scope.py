@@ -1,8 +1,10 @@
 """Llama Scope: `hyperparams.json` beside `checkpoints/final.safetensors`, with one threshold for all features.
 
 Inputs and outputs are scaled by the average norms of the dataset. The published threshold is in the units of unscaled
-activations, so it is scaled too; a transcoder's output has a norm, and so a factor, of its own. As in SAELens, features
-are compared with it without the lengths of their decoder rows, whatever `sparsity_include_decoder_norm` says.
+activations, so it is scaled too; a transcoder's output has a norm, and so a factor, of its own. Features
+are compared with it without the lengths of their decoder rows. With `sparsity_include_decoder_norm` the library that
+trained them multiplies by these first, so that rows that are not of length 1 are refused (SAELens does not tell them
+apart); all that is published has rows of length 1.
 """
 
 from pathlib import Path
@@ -62,6 +64,7 @@ def _describe(source: Source, file: Path) -> Description:
         model_id="meta-llama/Llama-3.1-8B" if name.startswith("Llama3_1-8B-Base") else None,
         site=site,
         site_out=None if site_out == site else site_out,
+        unit_decoder_required=config.flag("sparsity_include_decoder_norm", default=False),
         heads_joined=(site or "").endswith("hook_z"),
         apply_b_dec_to_input=config.flag("apply_decoder_bias_to_pre_encoder", default=False),
         normalisation=cast(Normalisation, normalisation),

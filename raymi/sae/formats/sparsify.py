@@ -50,6 +50,7 @@ def _describe(source: Source, file: Path) -> Description:
         model_id=about.text("model") if about else None,
         site=site,
         site_out=site_out,
+        of_modules=True,
         apply_b_dec_to_input=not transcoder,
         context_size=about.integer("ctx_len") if about else None,
         source=str(source),

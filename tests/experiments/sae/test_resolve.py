@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 
 from raymi.catalog import CachedModel
 from raymi.errors import UserError
-from raymi.experiments.sae.resolve import check_unchanged, refs, resolve
+from raymi.experiments.sae.modules import in_model, meant, something_behind
+from raymi.experiments.sae.resolve import check_unchanged, is_current, latest, refs, renewed, resolve
 from raymi.experiments.sae.spec import SaeRef, SaeSpec
+from raymi.sae import describe
 from raymi.store import schemas
-from tests.fakes import add_files, add_saes, sae_files, write_sae
+from tests.fakes import add_files, add_saes, sae_files, safetensors, write_sae
 
 MODEL = CachedModel("org/tiny", "m" * 40, Path("/m"), "llama", 2, 4, 16, 32, 64, 1000, 4000, "float32", None)
 COMMIT = "c" * 40
@@ -169,3 +172,83 @@ def test_a_transcoder_is_pinned_with_what_it_predicts(cache: Path) -> None:
     add_files(cache, "org/coders", {f"x/{name}": content for name, content in files.items()})
     [ref] = found(cache, spec("org/coders:x"))
     assert (ref.site, ref.site_out, ref.layer) == (metadata["hook_name"], "blocks.1.hook_mlp_out", 1)
+
+
+NORMS = {
+    # Names of a layer's tensors -> whether something stands between a module and the residual stream.
+    "llama": (["input_layernorm", "post_attention_layernorm"], {}, False),
+    "gpt2": (["ln_1", "ln_2"], {}, False),
+    "cohere": (["input_layernorm"], {}, False),
+    "gemma3": (["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
+                "post_feedforward_layernorm"], {}, True),
+    "olmo2": (["post_attention_layernorm", "post_feedforward_layernorm"], {}, True),
+    "glm4": (["input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm",
+              "post_mlp_layernorm"], {}, True),
+    "granite": (["input_layernorm", "post_attention_layernorm"], {"residual_multiplier": 0.22}, True),
+    "granite of one": (["input_layernorm", "post_attention_layernorm"], {"residual_multiplier": 1.0}, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", NORMS)
+def test_what_a_module_gives_has_a_site_of_its_own_where_a_norm_follows(family: str, tmp_path: Path) -> None:
+    norms, config, behind = NORMS[family]
+    model = stored_model(tmp_path, {f"model.layers.0.{norm}.weight": (16,) for norm in norms}, config)
+    assert something_behind(model) == behind
+    about = replace(describe(write_sae(tmp_path / "sae", L1)), site="blocks.1.hook_mlp_out", of_modules=True)
+    placed = in_model(about, model)
+    assert placed.site == ("blocks.1.mlp.hook_out" if behind else "blocks.1.hook_mlp_out")
+    assert meant(about) == "blocks.1.mlp.hook_out"
+    # What SAELens and Gemma Scope call so is what the block adds.
+    assert in_model(replace(about, of_modules=False), model).site == "blocks.1.hook_mlp_out"
+
+
+def stored_model(folder: Path, tensors: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> CachedModel:
+    (folder / "model.safetensors").write_bytes(safetensors(dict(tensors)))
+    (folder / "config.json").write_text(json.dumps(config))
+    return CachedModel("org/tiny", *_rest(path=folder, weight_files=("model.safetensors",)))
+
+
+def test_centred_weights_are_for_layer_norms(cache: Path, tmp_path: Path) -> None:
+    metadata = {"sae_lens_version": "6.54.12", "model_name": "tiny", "hook_name": L0,
+                "model_from_pretrained_kwargs": {"center_writing_weights": True}}  # fmt: skip
+    files = sae_files(L0, metadata=metadata)
+    add_files(cache, "org/centred", {f"x/{name}": content for name, content in files.items()})
+    [ref] = found(cache, spec("org/centred:x"))
+    assert ref.centred
+    assert ref.identity == [ref.name, ref.version, L0, None, None, "centred"]
+    with_rms = stored_model(tmp_path, {}, {"rms_norm_eps": 1e-6})
+    [ref] = found(cache, spec("org/centred:x"), model=with_rms)
+    assert not ref.centred  # TransformerLens leaves the weights of such a model as they are
+    assert ref.identity == [ref.name, ref.version, L0, None, None]
+
+
+def test_another_checkpoint_of_the_model(cache: Path) -> None:
+    metadata = {"sae_lens_version": "6.54.12", "model_name": "tiny", "hook_name": L0,
+                "model_from_pretrained_kwargs": {"revision": "step99"}}  # fmt: skip
+    files = sae_files(L0, metadata=metadata)
+    add_files(cache, "org/early", {f"x/{name}": content for name, content in files.items()})
+    with pytest.raises(UserError, match=r"trained on revision 'step99' of its model, and org/tiny is at mmmmmmmm"):
+        found(cache, spec("org/early:x"))
+    assert found(cache, spec("org/early:x", any_model=True))
+
+
+OLD = ("centred", "prepend_bos", "bos", "plain")
+"""Columns that rows of an older raymi do not have."""
+
+
+def test_rows_of_an_older_raymi_are_looked_up_again(cache: Path) -> None:
+    metadata = {"sae_lens_version": "6.54.12", "model_name": "tiny", "hook_name": L0,
+                "model_from_pretrained_kwargs": {"center_writing_weights": True}}  # fmt: skip
+    files = sae_files(L0, metadata=metadata)
+    add_files(cache, "org/centred", {f"x/{name}": content for name, content in files.items()})
+    experiments = [spec("org/*"), spec("org/saes:a", measure="features")]
+    rows = schemas.rows("saes", resolve(experiments, MODEL, cache_dir=cache)).to_pylist()
+    old = [row | dict.fromkeys(OLD) for row in rows]
+    add_saes(cache, "org/later", {"x": L0})  # that the pattern would match by now
+    assert not any(map(is_current, old))
+    again = renewed(old, experiments, MODEL, cache_dir=cache)
+    assert schemas.rows("saes", again).to_pylist() == rows
+    assert latest([*old, *again]) == again
+    before = {(name, ref.name): ref.identity for name, its in refs(old).items() for ref in its}
+    after = {(name, ref.name): ref.identity for name, its in refs(again).items() for ref in its}
+    assert {key for key in after if after[key] != before[key]} == {("quality", "org/centred:x")}

@@ -14,13 +14,19 @@ BENCH_SAES ?= $(filter --quick,$(BENCH))
 BENCH_RUN ?=
 # Options of `python -m tests.conformance`: --write, or types by name.
 CONFORMANCE ?=
+# Options of `make gpu`: the device, options of `python -m benchmarks.gpu`, the Python it runs in, and that one's version.
+DEVICE ?= cuda
+GPU ?=
+GPU_PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
+GPU_VERSION ?= $(shell $(GPU_PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+GPU_NEEDS := pytest pytest-timeout pluggy iniconfig packaging pygments hypothesis sortedcontainers rich markdown-it-py mdurl
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 UNREACHED = { echo 'raymi could not be installed: see above what pip could not reach, and from where.' >&2; exit 1; }
 CACHE = $${RAYMI_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/raymi}
 
-.PHONY: help venv demo models test lint bench bench-run oracle conformance clean
+.PHONY: help venv demo models test lint bench bench-run gpu gpu-wheels oracle conformance clean
 .NOTPARALLEL:
 
 help:
@@ -32,6 +38,8 @@ help:
 	@echo 'make lint    formatting, lint, types, and which room may import which'
 	@echo 'make bench   raymi and its peers side by side'
 	@echo 'make bench-run  what a whole run of 100,000 ablations adds to measuring them; ten minutes'
+	@echo 'make gpu     what only a GPU shows: tests on it, and the benchmark; eight minutes, see benchmarks/README.md'
+	@echo 'make gpu-wheels  what that needs beside torch and transformers, into .wheels, to be taken along'
 	@echo 'make venv    only the virtual environment ($(VENV)) with raymi in it'
 	@echo 'make clean   remove the virtual environment and caches; results and models stay'
 	@echo
@@ -98,6 +106,14 @@ bench: $(VENV)/.bench
 bench-run: $(VENV)/.bench
 	@$(BIN)/python demo/models.py
 	$(BIN)/python -m benchmarks.overhead $(BENCH_RUN)
+
+# Nothing is installed: the Python that is there, and the wheels of what it lacks.
+gpu:
+	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.gpu --device $(DEVICE) $(GPU)
+
+gpu-wheels:
+	$(GPU_PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
+	  --python-version $(GPU_VERSION) --dest .wheels -c constraints.txt $(GPU_NEEDS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -50,6 +50,8 @@ class CachedModel:
     attention_layers: tuple[int, ...] | None = None
     """Those that have attention, ascending, of a model in which others have none; None: all of them, as far as
     config.json tells."""
+    not_built: tuple[str, ...] = ()
+    """Parts of the checkpoint that loading a causal language model leaves out: towers, prediction heads."""
 
     @property
     def runnable(self) -> bool:
@@ -293,6 +295,7 @@ def _describe(id: str, repo: _Repo, commit: str, *, allow_pickle: bool, trust_re
         needs_remote_code=snapshot.needs_remote_code(config),
         pickle_only=weights is not None and weights.pickle,
         attention_layers=snapshot.attention_layers(config, sizes["n_layers"]),
+        not_built=weights.not_built if weights else (),
         **sizes,
     )
 

@@ -47,6 +47,7 @@ def load(
     cache_dir: Path | str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    allow_unused: bool = False,
 ) -> "Model":
     """Opens a model of the Hugging Face cache. Nothing is downloaded (`raymi fetch ID` does that) and Ray is not used.
 
@@ -57,6 +58,7 @@ def load(
         cache_dir: the cache, in place of the one that HF_HOME or HF_HUB_CACHE names.
         trust_remote_code: run the Python code that the model brings along.
         allow_pickle: accept weights that are not safetensors, and can run any code when they are loaded.
+        allow_unused: leave out tensors that its files hold and the model of its config has no place for.
 
     Raises:
         UserError: there is no such model, it cannot run (the reason is given), or there is no such device or dtype.
@@ -77,6 +79,7 @@ def load(
         device=device,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
+        allow_unused=allow_unused,
     )
     # What config.json does not tell, the loaded model does.
     found = replace(found, attention_layers=tuple(loaded.model.attention_layers))

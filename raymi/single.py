@@ -25,7 +25,14 @@ Record = dict[str, Any]
 CLEAN_TOP = 5
 
 
-def measure(job: Job, model: CachedModel, *, trust_remote_code: bool = False, allow_pickle: bool = False) -> Record:
+def measure(
+    job: Job,
+    model: CachedModel,
+    *,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    allow_unused: bool = False,
+) -> Record:
     """Loads a model, measures the job's one ablation on it, and lets go of it.
 
     Args:
@@ -33,6 +40,7 @@ def measure(job: Job, model: CachedModel, *, trust_remote_code: bool = False, al
         model: the model.
         trust_remote_code: see `raymi.load`.
         allow_pickle: see `raymi.load`.
+        allow_unused: see `raymi.load`.
 
     Raises:
         UserError: the model or its tokenizer has not what the job names.
@@ -50,6 +58,7 @@ def measure(job: Job, model: CachedModel, *, trust_remote_code: bool = False, al
         device=job.device,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
+        allow_unused=allow_unused,
         longest=len(read.token_ids),
     )
     return {
@@ -85,6 +94,7 @@ def _about_model(model: CachedModel, loaded: "Loaded") -> Record:
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "weight_bytes": hooked.weight_bytes,
+        "not_built": list(loaded.not_built),
         "memory": {"before_load": loaded.before._asdict(), "after_load": loaded.after._asdict()},
         "capability": asdict(loaded.capability),
     }

@@ -15,6 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
+from raymi import parts
+
 CONFIG = "config.json"
 TOKENIZERS: tuple[set[str], ...] = (
     {"tokenizer.json"},
@@ -73,6 +75,8 @@ class Weights:
     """Counted once where weights are tied; None for pickles, which are never opened."""
     dtype: str | None
     """The one most of the bytes are in."""
+    not_built: tuple[str, ...] = ()
+    """Parts beside the language model that loading it leaves out, as far as names tell."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -203,7 +207,7 @@ def weights(folder: Path, present: set[str], config: Mapping[str, Any]) -> Weigh
     for file in files:
         tensors |= safetensors_header(folder / file)
     try:
-        return Weights(files, pickle=False, parameters=_parameters(tensors, config), dtype=_stored_dtype(tensors))
+        return Weights(files, False, _parameters(tensors, config), _stored_dtype(tensors), _not_built(tensors, config))
     except (ValueError, TypeError, AttributeError):
         raise DamagedError(f"corrupt file: the header of {files[0]} does not describe tensors") from None
 
@@ -377,6 +381,11 @@ def _parameters(tensors: dict[str, dict[str, Any]], config: Mapping[str, Any]) -
         for name, shape in shapes.items()
         if not name.endswith(_BUFFERS) and not (len(shape) == 4 and shape[:2] == [1, 1] and shape[2] == shape[3])
     )
+
+
+def _not_built(tensors: Collection[str], config: Mapping[str, Any]) -> tuple[str, ...]:
+    named = causal_types().get(model_type(config) or "", "")
+    return parts.beside(tensors, sizes(config)["n_layers"], media_built=named.endswith("ForConditionalGeneration"))
 
 
 def _stored_dtype(tensors: dict[str, dict[str, Any]]) -> str | None:

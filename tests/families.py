@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from tests.device import DEVICE
 from tests.fakes import TOKENIZER, TOKENIZER_CONFIG, add_folder
 
 VOCABULARY = 97
@@ -184,7 +185,7 @@ def build(family: str, seed: int = 0) -> PreTrainedModel:
                 parameter.normal_(0, 0.25)
             elif "bias" in name or "sink" in name:
                 parameter.normal_(0, 0.1)
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 def save(family: str, cache: Path, id: str) -> Path:

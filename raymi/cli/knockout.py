@@ -15,6 +15,7 @@ import click
 from raymi import catalog
 from raymi.catalog import CachedModel
 from raymi.cli.knockout_text import comparison, header, lines
+from raymi.cli.options import unused_option
 from raymi.cli.question import Question, plain
 from raymi.cli.text import terminal_width
 from raymi.errors import UserError
@@ -59,6 +60,7 @@ PROMPT, ANSWER = "The capital of France is", " Paris"
     "--trust-remote-code", "trusted", multiple=True, metavar="MODEL", help="Run the code that this model brings along."
 )
 @click.option("--allow-pickle", "pickled", multiple=True, metavar="MODEL", help="Load this model's pickled weights.")
+@unused_option
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -69,6 +71,7 @@ def command(
     cache_dir: Path | None,
     trusted: tuple[str, ...],
     pickled: tuple[str, ...],
+    allow_unused: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Knock out attention in one place and show what that does to the next token.
@@ -93,7 +96,7 @@ def command(
     if output is not None:
         with _replacing(output):
             pass  # better to fail now than after the first model
-    session = _Session(question, job, allowed, output)
+    session = _Session(question, job, allowed | {"allow_unused": _ids(allow_unused)}, output)
     try:
         for model in chosen:
             session.measure(model)
@@ -208,4 +211,6 @@ def _list(title: str, reasons: Mapping[str, str]) -> None:
     for model_id, reason in reasons.items():
         first, *more = reason.removeprefix(f"{model_id}: ").splitlines() or [""]
         for line in (f"  {model_id}: {first}", *(f"    {line}" for line in more)):
-            click.echo(fill(line, terminal_width() or 10_000, subsequent_indent="    "), err=True)
+            click.echo(
+                fill(line, terminal_width() or 10_000, subsequent_indent="    ", break_on_hyphens=False), err=True
+            )

@@ -48,6 +48,11 @@ def _show(models: list[CachedModel]) -> None:
         click.echo("\nCannot run:")
     for model in stopped:
         click.echo(fill(f"  {model.id}: {model.reason}", width or 10_000, subsequent_indent="    "))
+    beside = [model for model in models if model.runnable and model.not_built]
+    if beside:
+        click.echo("\nStored beside the language model, and not built:")
+    for model in beside:
+        click.echo(fill(f"  {model.id}: {', '.join(model.not_built)}", width or 10_000, subsequent_indent="    "))
     if any(model.damaged for model in stopped):
         click.echo("\n`raymi fetch MODEL` downloads what is missing or damaged.")
 

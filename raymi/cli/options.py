@@ -23,6 +23,13 @@ cache_option = click.option(
     "--cache-dir", type=click.Path(path_type=Path), help="The cache, in place of the one HF_HOME names."
 )
 
+unused_option = click.option(
+    "--allow-unused",
+    multiple=True,
+    metavar="MODEL",
+    help="Measure this model without the tensors that its files hold beyond its config.",
+)
+
 _OF_RUNS = (
     store_option,
     cache_option,
@@ -35,6 +42,7 @@ _OF_RUNS = (
     click.option("--inline", is_flag=True, help="Measure in this process, without Ray: for debugging."),
     click.option("--trust-remote-code", multiple=True, metavar="MODEL", help="Let this model run code of its own."),
     click.option("--allow-pickle", multiple=True, metavar="MODEL", help="Load this model's pickled weights."),
+    unused_option,
 )
 
 

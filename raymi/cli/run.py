@@ -32,6 +32,7 @@ class How:
     inline: bool
     trust_remote_code: tuple[str, ...]
     allow_pickle: tuple[str, ...]
+    allow_unused: tuple[str, ...]
 
 
 @click.command()
@@ -102,7 +103,13 @@ def run_job(job: "Job", written: str, how: How) -> int:
     if how.inline and not how.dry_run:
         _check_device(job.device)
     store = raymi.store.open(how.store_uri)
-    cache = Cache(how.cache_dir, frozenset(how.trust_remote_code), frozenset(how.allow_pickle), how.download)
+    cache = Cache(
+        how.cache_dir,
+        remote_code=frozenset(how.trust_remote_code),
+        pickle=frozenset(how.allow_pickle),
+        unused=frozenset(how.allow_unused),
+        download=how.download,
+    )
     order = Order(job, written, _run_name(store, job, new=how.new), cache, how.address, how.inline)
     if how.dry_run:
         return _rehearse(order, store)

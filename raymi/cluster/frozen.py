@@ -21,12 +21,14 @@ class Cache:
         folder: where it is; None: where Hugging Face keeps it.
         remote_code: ids of models that may run code of their own.
         pickle: ids of models whose weights may be pickles.
+        unused: ids of models whose files may hold tensors that their configs have no place for.
         download: whether missing models may be fetched.
     """
 
     folder: Path | None = None
     remote_code: frozenset[str] = frozenset()
     pickle: frozenset[str] = frozenset()
+    unused: frozenset[str] = frozenset()
     download: bool = False
 
     def scan(self) -> list[CachedModel]:

@@ -158,8 +158,10 @@ class _Record:
         self._display.say(f"{trouble.model}: {what}: {failure.kind}: {_first_line(failure.message)}{again}")
 
     def _note(self, note: Note) -> None:
+        model = self._agenda.models[note.model]
         event = {
-            "model_id": self._agenda.models[note.model].id,
+            "model_id": model.id,
+            "revision": model.revision,
             "kind": note.what,
             "message": " ".join(filter(None, [_replica(note), note.detail])),
             "happened_at": datetime.now(UTC),

@@ -153,6 +153,7 @@ def worker(job: Job, agenda: Agenda, cache: Cache, model: CachedModel) -> Callab
         cache_dir=cache.folder,
         trust_remote_code=model.id in cache.remote_code,
         allow_pickle=model.id in cache.pickle,
+        allow_unused=model.id in cache.unused,
     )
     return partial(_with_threads, make)
 

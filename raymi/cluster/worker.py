@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymi.catalog import CachedModel
+from raymi.cluster.testbed import testbed
 from raymi.cluster.tokenised import to_rows
 from raymi.errors import UserError
 from raymi.experiments.knockout.spec import Ablation, Company, KnockoutSpec
@@ -94,6 +95,7 @@ class Worker:
         threads: what torch may use on the CPU; None leaves it to torch.
         trust_remote_code: run the Python code that the snapshot brings along.
         allow_pickle: accept weights that are not safetensors.
+        allow_unused: leave out tensors that the model of its config has no place for.
     """
 
     model: CachedModel
@@ -104,12 +106,15 @@ class Worker:
     threads: int | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    allow_unused: bool = False
     _tokenizer: Any = None
     _prompts: dict[str, TokenizedPrompt] = field(default_factory=dict[str, TokenizedPrompt])
     _saes: dict[str, tuple[SaeRef, ...]] = field(default_factory=dict[str, tuple[SaeRef, ...]])
     """By experiment."""
     _opened: "dict[SaeRef, SAE]" = field(default_factory=dict[SaeRef, Any])
     _engine: "Engine | None" = None
+    _testbed: Record = field(default_factory=Record)
+    """The row of table `testbeds`."""
     _texts: dict[int, str] = field(default_factory=dict[int, str])
     """Of the tokens that rows have named so far."""
     _draining: bool = False
@@ -133,7 +138,7 @@ class Worker:
         """Loads the weights, and the prompts if that was not done before, and verifies a few ablations.
 
         Returns:
-            Rows of the tables `models`, `verifications` and `events`.
+            Rows of the tables `models`, `testbeds`, `verifications` and `events`.
         """
         if not self._prompts and isinstance(failed := self.prepare(), Failed):
             return failed
@@ -145,6 +150,7 @@ class Worker:
             return failure(error)
         return {
             "models": schemas.rows("models", [_describe(self.model, self.job.dtype, loaded)]),
+            "testbeds": schemas.rows("testbeds", [self._testbed]),
             "verifications": schemas.rows("verifications", verified),
             "events": self._gave_up("before the first unit"),
         }
@@ -209,10 +215,12 @@ class Worker:
             device=self.job.device,
             trust_remote_code=self.trust_remote_code,
             allow_pickle=self.allow_pickle,
+            allow_unused=self.allow_unused,
             longest=max(len(prompt.token_ids) for prompt in self._prompts.values()),
             way="full" if self.job.engine == "full" else None,
         )
         self._engine = loaded.engine
+        self._testbed = testbed(loaded.model.device, self.job.dtype)
         return loaded
 
     def _verify(self, engine: "Engine") -> list[dict[str, Any]]:
@@ -255,6 +263,7 @@ class Worker:
         spec = next(spec for spec in self.job.experiments if spec.name == unit.experiment)
         rows = self._knock_out(unit) if isinstance(spec, KnockoutSpec) else self._with_saes(spec, unit)
         table = "ablations" if isinstance(spec, KnockoutSpec) else spec.table
+        rows = rows.append_column(schemas.TESTBED, [[self._testbed["testbed"]] * rows.num_rows])
         tables = {table: rows, "vocabulary": self._vocabulary(rows), "events": self._gave_up(f"unit {unit.unit_id}")}
         return Done(unit.unit_id, tables, time.perf_counter() - started)
 
@@ -264,6 +273,7 @@ class Worker:
         events = [
             {
                 "model_id": self.model.id,
+                "revision": self.model.revision,
                 "kind": "full",
                 "message": scrub(f"{what}: {why}" + (f" ({times} times)" if times > 1 else "")),
                 "happened_at": datetime.now(UTC),
@@ -343,10 +353,13 @@ def _refuse_mismatch(model_id: str, records: list[dict[str, Any]], before: Seque
     """Raises Mismatch when one of them has not passed; `before` is recorded with them."""
     failed = [record for record in records if not record["passed"]]
     if failed:
-        worst = max(record["max_logit_diff"] for record in failed)
+        worst = max(failed, key=lambda record: record["max_logit_diff"])
+        off, noise, where = worst["max_logit_diff"], worst["tolerance"], "in the logits"
+        if off <= noise and worst.get("spread") is not None:  # only over all of them together it shows
+            off, noise, where = worst["spread"], worst["spread_tolerance"], "over all logits"
         raise Mismatch(
             f"{model_id}: {len(failed)} of {len(records)} verified ablations differ from full forwards, by up to "
-            f"{worst:.1e} in the logits where {failed[0]['tolerance']:.1e} would be noise",
+            f"{off:.1e} {where} where {noise:.1e} would be noise",
             [*before, *records],
         )
 

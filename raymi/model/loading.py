@@ -1,7 +1,9 @@
 """From a snapshot on disk to a model that can be hooked."""
 
+import json
 import pickle
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +18,7 @@ from raymi.model.config import REACHES, values, whole
 from raymi.model.engine import Capability, Engine, Way, measure_capability
 from raymi.model.hooked import HookedModel
 from raymi.model.linear import lay_out
+from raymi.model.unused import Stored, contradictions, unused
 
 SHORTEST_CHECK = 12
 
@@ -37,6 +40,8 @@ class Loaded:
     """Of measuring what the model can be trusted with."""
     before: memory.Snapshot
     after: memory.Snapshot
+    not_built: tuple[str, ...] = ()
+    """Parts that the checkpoint holds beside the model: towers, prediction heads."""
 
     @property
     def model(self) -> HookedModel:
@@ -64,6 +69,7 @@ def load(
     device: str = "auto",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    allow_unused: bool = False,
     longest: int = SHORTEST_CHECK,
     way: Way | None = None,
 ) -> Loaded:
@@ -76,11 +82,12 @@ def load(
         device: auto, cpu, cuda, cuda:1, mps.
         trust_remote_code: run the Python code that the snapshot brings along.
         allow_pickle: accept weights that are not safetensors.
+        allow_unused: leave out tensors that the model of the config should have had a place for.
         longest: tokens of the longest prompt to come; windows and chunks that it exceeds are exceeded by the check.
         way: how ablations are measured; the fastest exact way where None.
 
     Raises:
-        BadWeights: weights are missing, misshaped or unreadable.
+        BadWeights: weights are missing, misshaped, unreadable, or more than the config says.
         WrongNumbers: the self-check failed.
         NoSuchPlace, UnsupportedAttention: the model is built in a way that raymi does not know.
     """
@@ -90,7 +97,8 @@ def load(
     where = pick_device(device)
     memory.give_back()  # what an earlier model has left is no part of what is in use
     before, started = memory.snapshot(where), time.perf_counter()
-    raw = _read(path, name or path.name, DTYPES[dtype], trust_remote_code, allow_pickle)
+    raw, unexpected = _read(path, name or path.name, DTYPES[dtype], trust_remote_code, allow_pickle)
+    not_built = _check_rest(raw, unexpected, path, name or path.name, allow_unused)
     cast(nn.Module, raw).to(where)
     lay_out(raw)
     memory.give_back()
@@ -98,7 +106,7 @@ def load(
     seconds, started = time.perf_counter() - started, time.perf_counter()
     capability = measure_capability(model, check_length(raw.config.get_text_config(), longest))
     engine = Engine(model, capability, way or capability.way)
-    return Loaded(engine, seconds, time.perf_counter() - started, before, memory.snapshot(where))
+    return Loaded(engine, seconds, time.perf_counter() - started, before, memory.snapshot(where), not_built)
 
 
 def check_length(config: object, longest: int) -> int:
@@ -108,7 +116,10 @@ def check_length(config: object, longest: int) -> int:
     return max(SHORTEST_CHECK, *within_reach, 0)
 
 
-def _read(path: Path, name: str, dtype: torch.dtype, trust_remote_code: bool, allow_pickle: bool) -> PreTrainedModel:
+def _read(
+    path: Path, name: str, dtype: torch.dtype, trust_remote_code: bool, allow_pickle: bool
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model, and the tensors that it has no place for and that transformers does not list as ignorable."""
     # Its progress bars and warnings would end up between the lines of a run's own display.
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -134,6 +145,35 @@ def _read(path: Path, name: str, dtype: torch.dtype, trust_remote_code: bool, al
     for key, stored, expected in sorted(info["mismatched_keys"]):
         wrong.append(f"{key} has shape {list(stored)}, not {list(expected)}")
     if wrong:
-        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise BadWeights(f"{name}: its weights do not make up the model of its config: {', '.join(wrong[:3])}{more}")
-    return model.eval()
+        raise BadWeights(f"{name}: its weights do not make up the model of its config: {_first(wrong)}")
+    return model.eval(), info["unexpected_keys"]
+
+
+def _check_rest(
+    model: PreTrainedModel, unexpected: set[str], path: Path, name: str, allow_unused: bool
+) -> tuple[str, ...]:
+    """The parts that are not built; BadWeights when a tensor of what is built is left over, or two stand for one."""
+    stored, base = Stored(_safetensors(path)), model.base_model_prefix
+    if clashes := list(contradictions(stored, base)):
+        raise BadWeights(f"{name}: its weights are not one model: {_first(clashes)}")
+    rest = unused(model, unexpected, stored, base)
+    if rest.wrong and not allow_unused:
+        raise BadWeights(
+            f"{name}: its weights hold more than the model of its config has a place for: {_first(rest.wrong)}. "
+            f"--allow-unused {name} (in Python allow_unused=True) measures the model without them."
+        )
+    return rest.parts
+
+
+def _safetensors(path: Path) -> list[Path]:
+    """The files that transformers has taken the weights from, where they are safetensors."""
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.exists():
+        return [whole]
+    if not index.exists():
+        return []
+    return sorted({path / file for file in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+
+
+def _first(faults: Sequence[str]) -> str:
+    return ", ".join(faults[:3]) + (f", and {len(faults) - 3} more" if len(faults) > 3 else "")

@@ -19,7 +19,7 @@ Legend: P prompts, T positions, A ablations, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -84,10 +84,10 @@ class Verdict(NamedTuple):
         return self.off <= self.tolerance and self.spread <= self.spread_tolerance and self.shift <= self.cap
 
     def __str__(self) -> str:
-        if not self.shift <= self.cap:
-            return f"all logits shifted by {self.shift:.1e}, where {self.cap:.1e} would be noise"
         if not self.off <= self.tolerance:
             return f"off by {self.off:.1e} in the logits, where {self.tolerance:.1e} would be noise"
+        if not self.shift <= self.cap:
+            return f"all logits shifted by {self.shift:.1e}, where {self.cap:.1e} would be noise"
         return f"off by {self.spread:.1e} over all logits, where {self.spread_tolerance:.1e} would be noise"
 
 
@@ -114,27 +114,46 @@ class Truth:
         return (self.own - self.own_clean) - self.effect
 
     def judge(self, effect: Tensor, typical: Precision | None = None, *, capped: bool = True) -> Verdict:
-        """A measured effect.
+        """A measured effect; of several tokens, that of the one that is off the most for its own error.
 
         Args:
             effect: ablated - clean, of one batch.
             typical: of this model: an ablation that the family's own forward happens to hit well is measured as it is.
             capped: whether no tolerance is above the cap; else it is `FULL` times as wide.
         """
-        off, own = effect - self.effect, self.error
+        off, own, largest = effect - self.effect, self.error, self.clean.abs().maximum(self.ablated.abs())
+        if off.dim() > 1:
+            of_own, of_off = (_centred(x).square().mean(-1).sqrt() for x in (own, off))
+            # A token that the family's own forward happens to hit well is as noisy as the others.
+            usual = of_own.square().mean().sqrt()
+            worst = int((of_off / of_own.maximum(usual)).argmax())
+            again = Truth(self.clean[worst], self.ablated[worst], self.own_clean[worst], self.own[worst])
+            return again.judge(effect[worst], _at_least(own, typical), capped=capped)
         error, spread = float(_centred(own).abs().max()), spread_of(own)
         if typical is not None:
             error, spread = max(error, typical.error), max(spread, typical.spread)
-        cap = CAP * float(torch.stack([self.clean, self.ablated]).abs().max()) if capped else torch.inf
+        cap = CAP * float(largest.max()) if capped else torch.inf
         times = 1.0 if capped else FULL
         return Verdict(
             float(_centred(off).abs().max()),
             min(times * LARGEST * error, cap),
             spread_of(off),
             min(times * SPREAD * spread, cap),
-            float(off.mean(-1).abs().max()),
+            abs(float(off.mean())),
             cap,
         )
+
+
+def _at_least(error_NV: Tensor, typical: Precision | None) -> Precision | None:
+    """What is typical of a model, or of these tokens, whichever is more."""
+    if typical is None:
+        return None
+    largest_N = _centred(error_NV).abs().amax(-1)
+    return replace(
+        typical,
+        error=max(typical.error, float(largest_N.square().mean().sqrt())),
+        spread=max(typical.spread, spread_of(error_NV)),
+    )
 
 
 def _centred(x: Tensor) -> Tensor:

@@ -117,11 +117,20 @@ VERIFICATIONS = pa.schema(
         ("tolerance", pa.float64()),
         ("passed", pa.bool_()),
         ("measured_at", _TIME),
+        ("spread", pa.float64()),
+        ("spread_tolerance", pa.float64()),
+        ("flips", pa.int32()),
+        ("jumped", pa.bool_()),
     ]
 )
 """One row an ablation that a replica measured a second time, by a full forward of the family's own attention.
 
-`max_logit_diff` is between the two, `effect` between clean and ablated, both the largest over the vocabulary."""
+`max_logit_diff` is between the two, `effect` between clean and ablated, both the largest over the vocabulary.
+
+In half precision the second forward is in float32, and what is compared are effects (ablated - clean), a shift of all
+logits aside: `spread` is the root of the difference's mean square. `flips` counts the choices of experts, a token and
+layer, that the family's own forward makes otherwise in half precision; `jumped` says that the measured one was right
+only when it made them as in float32. All four are null in float32."""
 
 FAILURES = pa.schema(
     [
@@ -138,16 +147,61 @@ FAILURES = pa.schema(
 )
 """One row a failure. `stage` is select, plan, load, unit or replica; `unit_id` is null unless one unit failed."""
 
-EVENTS = pa.schema([("model_id", pa.string()), ("kind", pa.string()), ("message", pa.string()), ("happened_at", _TIME)])
+EVENTS = pa.schema(
+    [
+        ("model_id", pa.string()),
+        ("kind", pa.string()),
+        ("message", pa.string()),
+        ("happened_at", _TIME),
+        # Null in what an older raymi has written.
+        ("revision", pa.string()),
+    ]
+)
 """What else happened and is worth knowing afterwards: lost replicas, halved batches, resumed runs."""
+
+TESTBEDS = pa.schema(
+    [
+        # A hash of the rest; rows name it.
+        ("testbed", pa.string()),
+        ("device", pa.string()),
+        ("device_name", pa.string()),
+        ("dtype", pa.string()),
+        # Versions; `code` is the hash of raymi's source.
+        ("raymi", pa.string()),
+        ("code", pa.string()),
+        ("torch", pa.string()),
+        ("transformers", pa.string()),
+        # What metrics of autoencoders mean.
+        ("definitions", pa.string()),
+    ]
+)
+"""One row a testbed: what rows were measured on and by, which may be another when a run is gone on with."""
+
+SUPERSEDED = pa.schema(
+    [
+        ("model_id", pa.string()),
+        ("revision", pa.string()),
+        ("experiment", pa.string()),
+        ("unit_id", pa.string()),
+        # Null: the unit is planned again, and counts again.
+        ("why", pa.string()),
+        ("noticed_at", _TIME),
+    ]
+)
+"""One row a unit that is stored and that the plan does not name any more: its rows stay, and leave every mean. Of
+several rows the last holds."""
+
+TESTBED = pa.field("testbed", pa.string())
+"""The last column of every table of units, a key into `testbeds`; null where an older raymi did not say."""
 
 SCHEMAS: Mapping[str, pa.Schema] = {
     "models": MODELS,
     "prompts": PROMPTS,
     "saes": SAES,
     "vocabulary": VOCABULARY,
-    "ablations": ABLATIONS,
-    **OF_SAES,
+    **{table: schema.append(TESTBED) for table, schema in {"ablations": ABLATIONS, **OF_SAES}.items()},
+    "testbeds": TESTBEDS,
+    "superseded": SUPERSEDED,
     "verifications": VERIFICATIONS,
     "failures": FAILURES,
     "events": EVENTS,
@@ -160,6 +214,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "prompts": ("model_id", "revision", "prompt_id"),
     "saes": ("model_id", "revision", "experiment", "sae", "site", "centred"),
     "vocabulary": ("model_id", "revision", "token_id"),
+    "testbeds": ("testbed",),
 }
 """What may stand in a table once only; the first row of a key wins. (`UNIT_TABLES` go by whole units.)"""
 

@@ -300,6 +300,15 @@ def test_pickles_are_loaded_by_name_only(knockout: Knockout, cache: Path, tmp_pa
     assert knockout("org/pickled", "--allow-pickle", "org/pickled").code == 0
 
 
+def test_tensors_beyond_the_config_are_left_out_by_name_only(knockout: Knockout, cache: Path) -> None:
+    add_model(cache, "org/biased", tensors=llama_shapes() | {"model.layers.1.self_attn.q_proj.bias": (16,)})
+    refused = knockout("org/biased")
+    assert refused.code == 1
+    assert "model.layers.1.self_attn.q_proj.bias. --allow-unused org/biased" in " ".join(refused.err.split())
+    assert knockout("org/biased", "--allow-unused", "org/other").code == 1
+    assert knockout("org/biased", "--allow-unused", "org/biased").code == 0
+
+
 # -- bad input -------------------------------------------------------------------------------------------------------
 
 

@@ -62,6 +62,19 @@ def test_table_fits_a_terminal(tmp_path: Path) -> None:
     assert f"{LONG}: no tokenizer" in reasons
 
 
+def test_parts_beside_the_language_model_are_listed(tmp_path: Path) -> None:
+    beside = {
+        "model.visual.blocks.0.norm.weight": (4,),
+        "mtp.fc.weight": (4, 4),
+        "model.layers.2.eh_proj.weight": (4, 8),
+    }
+    add_model(tmp_path, "org/more", tensors=llama_shapes() | beside)
+    add_model(tmp_path, "org/tiny")
+    assert "model.layers.2, model.visual, mtp" in models("--cache-dir", str(tmp_path))
+    more, tiny = json.loads(models("--cache-dir", str(tmp_path), "--json"))
+    assert (more["not_built"], tiny["not_built"]) == (["model.layers.2", "model.visual", "mtp"], [])
+
+
 def test_damaged_models_come_with_what_to_do(tmp_path: Path) -> None:
     add_model(tmp_path, "org/tiny", tensors={})
     assert "raymi fetch MODEL" in models("--cache-dir", str(tmp_path))
@@ -92,6 +105,7 @@ def test_json_holds_everything_untruncated(tmp_path: Path) -> None:
         "needs_remote_code": False,
         "pickle_only": False,
         "attention_layers": None,
+        "not_built": [],
         "runnable": True,
     }
 

@@ -227,6 +227,17 @@ def test_one_bad_model_stops_no_other_and_is_tried_again_when_it_is_mended(run: 
     assert rows("models").filter(model_id="org/good").height == 1
 
 
+def test_tensors_beyond_the_config_fail_the_model_by_name_unless_it_may_leave_them_out(run: Run):
+    add_model(Path("cache"), "org/deep", tensors=llama_shapes(LLAMA | {"num_hidden_layers": 3}))
+    refused = run()
+    assert refused.code == 1
+    assert "model.layers.2.input_layernorm.weight" in refused.err + refused.out
+    assert rows().is_empty()
+    assert run("--allow-unused", "org/deep").code == 0
+    assert len(rows()) == 8
+    assert run().code == 0  # all is done
+
+
 def test_a_unit_that_fails_is_tried_again_then_named_and_again_by_the_next_command(run: Run, monkeypatch):
     from raymi.experiments.knockout import run as measure
 

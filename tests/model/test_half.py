@@ -117,12 +117,24 @@ def test_a_shift_of_all_logits_is_held_to_the_cap():
 
 
 def test_no_tolerance_is_above_the_cap():
-    truth = Truth(*(torch.randn(4, 50, generator=torch.Generator().manual_seed(0)) * scale for scale in (4, 4, 5, 4)))
+    generator = torch.Generator().manual_seed(0)
+    truth = Truth(*(torch.randn(50, generator=generator) * scale for scale in (4, 4, 5, 4)))
     typical = precision([truth])
     verdict = truth.judge(truth.effect + 0.1 * torch.randn(50), typical)
     assert max(verdict.tolerance, verdict.spread_tolerance) == pytest.approx(CAP * typical.scale, rel=0.5)
     assert not truth.judge(truth.own - truth.own_clean, typical).passed, "as wrong as the family's own is no proof"
     assert truth.judge(truth.own - truth.own_clean, typical, capped=False).passed
+
+
+def test_of_several_tokens_each_is_judged():
+    generator = torch.Generator().manual_seed(1)
+    clean, ablated, noise, other, ours = (torch.randn(9, 50, generator=generator) for _ in range(5))
+    truth = Truth(9 * clean, 9 * ablated, 9 * clean + 0.05 * noise, 9 * ablated + 0.05 * other)
+    typical = precision([truth])
+    effect = truth.effect + 0.07 * ours
+    assert truth.judge(effect, typical).passed
+    effect[6] += 0.3 * ours[6]
+    assert not truth.judge(effect, typical).passed
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

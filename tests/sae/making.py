@@ -11,6 +11,7 @@ from torch import Tensor
 from raymi.sae.autoencoder import SAE
 from raymi.sae.description import Activation, Description
 from raymi.sae.formats.base import straight
+from tests.device import DEVICE
 
 D, F = 6, 40
 
@@ -23,8 +24,8 @@ def weights(
 
     def numbers(*shape: int) -> Tensor:
         if coarse:
-            return torch.randint(-2, 3, shape, generator=generator).float()
-        return torch.randn(shape, generator=generator)
+            return torch.randint(-2, 3, shape, generator=generator, device="cpu").float()
+        return torch.randn(shape, generator=generator, device="cpu")
 
     biases = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}.get(activation, ("b_enc",))
     made = {"W_enc": numbers(d_in, d_sae), "W_dec": numbers(d_sae, d_in), "b_dec": numbers(d_in)}
@@ -42,7 +43,7 @@ def sae(
         format="made", file=Path("made"), architecture=activation, activation=activation, d_in=d_in, d_sae=d_sae,
         d_out=d_in, dtype="float32", tensors=straight(*made), **about,
     )  # fmt: skip
-    return SAE(description, made)
+    return SAE(description, made, device=DEVICE)
 
 
 def saelens(folder: Path, activation: Activation = "relu", *, without: str = "", **config: Any) -> Path:

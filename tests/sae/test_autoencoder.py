@@ -12,6 +12,7 @@ from raymi.sae.autoencoder import SAE
 from raymi.sae.description import Activation
 from raymi.sae.evaluate import reconstruction
 from raymi.sae.largest import top_k
+from tests.device import NAMED
 from tests.sae.making import D, F, sae
 
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
@@ -238,14 +239,15 @@ def test_computing_in_halves(activation: Activation, dtype: torch.dtype) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not (NAMED or torch.cuda.is_available()), reason="no CUDA device")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("coarse", [False, True])
 def test_a_gpu_computes_the_same(activation: Activation, coarse: bool) -> None:
     """Coarse weights tie, which a GPU's own topk would settle otherwise."""
-    made = sae(activation, coarse=coarse, apply_b_dec_to_input=True)
-    gpu = SAE(made.about, made._stored, device=torch.device("cuda"))
-    x = torch.randint(-1, 2, (9, D)).float() if coarse else torch.randn(9, D)
+    about = sae(activation, coarse=coarse, apply_b_dec_to_input=True)
+    made = SAE(about.about, about._stored, device=torch.device("cpu"))
+    gpu = SAE(about.about, about._stored, device=torch.device(NAMED or "cuda"))
+    x = torch.randint(-1, 2, (9, D), device="cpu").float() if coarse else torch.randn(9, D, device="cpu")
     sparse, there = made.encode_sparse(x), gpu.encode_sparse(x)
     assert torch.equal(there.indices.cpu(), sparse.indices)
     assert torch.equal(there.offsets.cpu(), sparse.offsets)

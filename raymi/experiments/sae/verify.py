@@ -4,7 +4,6 @@ Legend: T positions, N tokens that count, V vocabulary, O width of what is writt
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
 from random import Random
 from typing import Any, NamedTuple
 
@@ -14,10 +13,14 @@ from torch import Tensor
 from raymi.experiments.sae.cells import Change, active_in, injected, name, without
 from raymi.experiments.sae.spec import Injection, SaeRef, SaeSpec, Work, cell_id
 from raymi.experiments.sae.texts import Task, clean, counting, ids_of, read, written
+from raymi.experiments.verifying import beside_full, beside_truth, is_beside_truth, judge, of_verdict
 from raymi.model.engine import Engine
+from raymi.model.full import Way
 from raymi.model.hooked import Cell, HookedModel
 from raymi.model.interventions import replace
+from raymi.model.proof import Truth
 from raymi.model.sites import Site, parse
+from raymi.model.truth import in_float32
 from raymi.prompts import TokenizedPrompt
 from raymi.sae import SAE, Sparse
 
@@ -31,13 +34,8 @@ class _Opinions(NamedTuple):
     """Of one measurement."""
 
     name: str
-    first: Tensor
-    """Logits as they are measured, [..., V]."""
-    second: Tensor
-    """By full forwards."""
-    clean: Tensor
-    """Unchanged, by full forwards."""
-    engine: str
+    found: dict[str, Any]
+    """Fields of the record."""
 
 
 def verify(
@@ -66,25 +64,18 @@ def verify(
         token counts has none.
     """
     records: list[dict[str, Any]] = []
-    tolerance = engine.capability.tolerance
     for spec, prompt, work in drawn:
         items = ((prompt.prompt.id, (work,)),)
         prompts = {prompt.prompt.id: prompt}
         task = Task(engine, spec, "", items, prompts, saes, special, model_id, revision, "", 0)
         for each in _opinions(task, prompt, work):
-            difference = float((each.first - each.second).abs().max())
             records.append(
                 {
                     "ablation_id": each.name,
                     "model_id": model_id,
                     "revision": revision,
                     "prompt_id": prompt.prompt.id,
-                    "engine": each.engine,
-                    "max_logit_diff": difference,
-                    "effect": float((each.second - each.clean).abs().max()),
-                    "tolerance": tolerance,
-                    "passed": difference <= tolerance,
-                    "measured_at": datetime.now(UTC),
+                    **each.found,
                 }
             )
     return records
@@ -109,10 +100,13 @@ def _of_change(task: Task, change: Change) -> _Opinions:
     assert change.edit is not None
     ids_1T, cell = ids_of([change.prompt]), Cell(0, (change.edit,))
     [batch] = task.engine.ablations(ids_1T, [cell])
+    if is_beside_truth(task.engine):
+        return _Opinions(name(task.model_id, change), beside_truth(task.engine, ids_1T, cell, batch, 0))
     full_V, clean_V = (
         task.engine.model.forward(ids_1T, [its], own_attention=True).logits_BV[0] for its in (cell.interventions, ())
     )
-    return _Opinions(name(task.model_id, change), batch.ablated_AV[0], full_V, clean_V, batch.way)
+    found = beside_full(task.engine, batch.ablated_AV[0], full_V, clean_V, batch.way)
+    return _Opinions(name(task.model_id, change), found)
 
 
 # -- an autoencoder spliced in -----------------------------------------------------------------------------------------
@@ -128,16 +122,30 @@ def _of_splice(task: Task, prompt: TokenizedPrompt, ref: SaeRef) -> Iterator[_Op
     if not bool(counts_1T.any()):
         return
     run = clean(task, [ref], ids_1T, stop=False)
-    own = _captured(task, ref, ids_1T)
-    clean_NV = model.predictions(ids_1T, [()], own_attention=True)[counts_1T]
     x_ND = read(sae, run.sites[ref.site])[counts_1T]
     out_NO = sae.reconstruct(x_ND)
     value = written(sae, run.sites[ref.written], counts_1T, out_NO)
     first_NV = run.unembed(run.again(ref.written, value, counts_1T)[counts_1T])
-    own_NO = _out(sae, read(sae, own[ref.site])[counts_1T], x_ND, out_NO)
-    second_NV = _spliced(model, ids_1T, ref, written(sae, own[ref.written], counts_1T, own_NO), counts_1T, own)
-    cell = cell_id(task.model_id, prompt.token_ids, ref, ["splice", str(task.spec.skip)])
-    yield _Opinions(cell, first_NV, second_NV, clean_NV, "layers" if task.layers else "full")
+
+    def second() -> tuple[Tensor, Tensor]:
+        """Clean and spliced, [N, V]."""
+        own = _captured(task, ref, ids_1T)
+        clean_NV = model.predictions(ids_1T, [()], own_attention=True)[counts_1T]
+        own_NO = _out(sae, read(sae, own[ref.site])[counts_1T], x_ND, out_NO)
+        value = written(sae, own[ref.written], counts_1T, own_NO)
+        return clean_NV, _spliced(model, ids_1T, ref, value, counts_1T, own)
+
+    way: Way = "layers" if task.layers else "full"
+    if is_beside_truth(task.engine):
+        with in_float32(model):
+            true = second()
+        truth = Truth(*true, *second())
+        first_clean_NV = run.unembed(run.hidden_BTD[counts_1T])
+        found = of_verdict(judge(task.engine, truth, first_NV - first_clean_NV, way), truth, way)
+    else:
+        clean_NV, second_NV = second()
+        found = beside_full(task.engine, first_NV, second_NV, clean_NV, way)
+    yield _Opinions(cell_id(task.model_id, prompt.token_ids, ref, ["splice", str(task.spec.skip)]), found)
 
 
 def _captured(task: Task, ref: SaeRef, ids_1T: Tensor) -> dict[str, Tensor]:
@@ -157,7 +165,8 @@ def _out(sae: SAE, own_ND: Tensor, x_ND: Tensor, out_NO: Tensor) -> Tensor:
     output is taken, so that the rest can be compared.
     """
     own, other = sae.encode_sparse(own_ND), sae.encode_sparse(x_ND)
-    same = _SAME[0] if own_ND.dtype in (torch.float32, torch.float64) else _SAME[1]
+    # Of what is measured: the other forward may be the truth of half precision, which is in float32.
+    same = _SAME[0] if x_ND.dtype in (torch.float32, torch.float64) else _SAME[1]
     alike_N = (own_ND - x_ND).float().norm(dim=-1) <= same * x_ND.float().norm(dim=-1)
     jumped_N = torch.zeros_like(alike_N)
     for one, two in ((own, other), (other, own)):

@@ -122,3 +122,34 @@ def test_the_embedding_is_spliced_itself(family: str) -> None:
 
 def test_a_text_of_which_nothing_counts_needs_no_opinion(engine: Engine) -> None:
     assert verified(engine, spec("features", skip={"first": PROMPT}), [REFS["resid"]]) == []
+
+
+# ---- half precision --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def half() -> Engine:
+    model = HookedModel(build("gpt2").bfloat16(), "gpt2")
+    found = measure_capability(model, PROMPT)
+    return Engine(model, found, found.way)
+
+
+@pytest.mark.parametrize("measure", ["quality", "ablation"])
+def test_in_half_precision_effects_are_held_to_float32s(measure: str, half: Engine) -> None:
+    records = verified(half, spec(measure), EVERY)
+    assert records
+    for record in records:
+        assert record["passed"], record
+        assert 0 < record["spread"] <= record["spread_tolerance"] < 0.05 * 10
+
+
+def test_a_wrong_splice_is_caught_in_half_precision(half: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = Restart.again
+
+    def wrong(self: Restart, site: str, value: Tensor, counts_BT: Tensor | None = None) -> Tensor:
+        value = value.clone()
+        value[:, 5] = value[:, 6]
+        return again(self, site, value, counts_BT)
+
+    monkeypatch.setattr(Restart, "again", wrong)
+    assert not verified(half, spec("quality"), [REFS["resid"]])[0]["passed"]

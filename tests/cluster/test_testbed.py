@@ -1,0 +1,20 @@
+"""What rows say they were measured on."""
+
+import torch
+
+from raymi.cluster import testbed as testbeds
+from raymi.store import schemas
+
+
+def test_a_testbed_is_named_by_all_that_it_says(monkeypatch):
+    cpu = torch.device("cpu")
+    one, same, half = (testbeds.testbed(cpu, dtype) for dtype in ("float32", "float32", "bfloat16"))
+    assert one == same
+    assert set(one) == set(schemas.SCHEMAS["testbeds"].names)
+    assert all(one.values())
+    assert (one["device"], one["torch"]) == ("cpu", torch.__version__)
+    assert one["testbed"] != half["testbed"]
+    for name, value in (("code_version", "0" * 16), ("_processor", "another"), ("versions", {"raymi": "9"})):
+        with monkeypatch.context() as patch:
+            patch.setattr(testbeds, name, lambda value=value: value)
+            assert testbeds.testbed(cpu, "float32")["testbed"] != one["testbed"]

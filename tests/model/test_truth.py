@@ -34,7 +34,7 @@ def test_a_cut_in_float32(family: str):
     edges = tuple((PROMPT - 1, key) for key in range(4, PROMPT))
     with in_float32(model):
         ours_V = model.forward(prompt(), [(Mask(1, (2,), edges),)], own_attention=True).logits_BV[0]
-    theirs_V, _ = oracles.by_edited_softmax(wide, prompt()[0], oracles.Knockout((1,), (2,), edges))
+    theirs_V, *_ = oracles.by_edited_softmax(wide, prompt()[0], oracles.Knockout((1,), (2,), edges))
     torch.testing.assert_close(ours_V, theirs_V, atol=1e-5, rtol=0)
 
 

@@ -1,12 +1,14 @@
 """What a run found with autoencoders, as tables: how good they are, where features are active and what they do."""
 
 import json
+from bisect import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import polars as pl
 
+from raymi.report.characters import Piece, pieces
 from raymi.report.query import collect
 from raymi.sae.metrics import density_histogram, merged, metrics
 from raymi.store.manifest import Manifest
@@ -252,7 +254,8 @@ def examples(store: Store, run: Manifest, top: int = 10) -> pl.DataFrame:
 
     Returns:
         One row a model, experiment, autoencoder, feature and token: `SAE`, skipped, feature, rank (from 1), value,
-        prompt_id, position, token, context (the token in it stands in « »); ascending.
+        prompt_id, position, token, context (the token in it stands in « », or the character that it is a part of);
+        ascending.
     """
     by = [*SAE, "skipped", "feature"]
     best: pl.DataFrame | None = None
@@ -266,9 +269,13 @@ def examples(store: Store, run: Manifest, top: int = 10) -> pl.DataFrame:
     table = table.cast({"rank": pl.Int64, "value": pl.Float64})
     place = ["model_id", "revision", "prompt_id"]
     named = table.select(place).unique().lazy()
-    texts = collect(lambda: store.scan("prompts", run.run).join(named, on=place, how="semi").select(*place, "tokens"))
-    tokens = {tuple(key): its for *key, its in texts.iter_rows()}
-    seen = [_in_context(tokens.get(tuple(key), []), at) for *key, at in table.select(*place, "position").iter_rows()]
+    texts = collect(
+        lambda: store.scan("prompts", run.run).join(named, on=place, how="semi").select(*place, "tokens", "text")
+    )
+    of_text = {tuple(key): (its, pieces(its, text)) for *key, its, text in texts.iter_rows()}
+    seen = [
+        _in_context(*of_text.get(tuple(key), ([], [])), at) for *key, at in table.select(*place, "position").iter_rows()
+    ]
     return table.select(*by, "rank", "value", "prompt_id", "position").with_columns(
         pl.Series("token", [token for token, _ in seen], dtype=pl.String),
         pl.Series("context", [context for _, context in seen], dtype=pl.String),
@@ -332,9 +339,16 @@ def _pairs(rows: pl.DataFrame) -> pl.DataFrame:
     return named.filter(pl.col("feature").list.len() > 0).explode("feature", "value")
 
 
-def _in_context(tokens: Sequence[str], at: int) -> tuple[str | None, str | None]:
-    """A token, and some text around it in which it is marked; nothing for a text that the store does not know."""
+def _in_context(tokens: Sequence[str], shown: Sequence[Piece], at: int) -> tuple[str | None, str | None]:
+    """A token, and some text around it in which it is marked, or the character of which it is a part; nothing for a
+    text that the store does not know.
+    """
     if at >= len(tokens):
         return None, None
-    before, after = tokens[max(0, at - _BEFORE) : at], tokens[at + 1 : at + 1 + _AFTER]
-    return tokens[at], f"{''.join(before)}«{tokens[at]}»{''.join(after)}"
+    marked = bisect(shown, at, key=lambda piece: piece.first) - 1
+    before, after = shown[max(0, marked - _BEFORE) : marked], shown[marked + 1 : marked + 1 + _AFTER]
+    return tokens[at], f"{_joined(before)}«{shown[marked].text}»{_joined(after)}"
+
+
+def _joined(some: Sequence[Piece]) -> str:
+    return "".join(piece.text for piece in some)

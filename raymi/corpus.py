@@ -80,6 +80,10 @@ class Corpus(Fields):
         corpus, _, number = prompt_id.rpartition("/")
         return corpus == self.id and number.isdecimal() and (self.chunks is None or int(number) < self.chunks)
 
+    def chunk_id(self, number: int) -> str:
+        """What a chunk is called."""
+        return f"{self.id}/{number:06}"
+
     def read(self, tokenizer: Tokenizer, *, bos: Bos, model_id: str) -> list[TokenizedPrompt]:
         """Its chunks as one model reads them.
 
@@ -108,7 +112,7 @@ class Corpus(Fields):
         names = dict(zip(used, display(tokenizer, used), strict=True))
         return [
             TokenizedPrompt(
-                prompt=Prompt(f"{self.id}/{number:06}", _text(tokenizer, ids[len(opening) :])),
+                prompt=Prompt(self.chunk_id(number), _text(tokenizer, ids[len(opening) :])),
                 token_ids=tuple(ids),
                 tokens=tuple(names[token] for token in ids),
                 bos=ids[0] == bos_id,

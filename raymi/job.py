@@ -17,6 +17,7 @@ from raymi.errors import UserError
 from raymi.experiments.axes import Axis, Position, pieces_of
 from raymi.experiments.knockout.spec import KnockoutSpec
 from raymi.experiments.sae.spec import SaeSpec
+from raymi.fed import Fed, plain_id
 from raymi.fields import NOTHING, Fields, Names, NotEmpty, missing, near, problem, say
 from raymi.prompts import Bos, Prompt
 from raymi.promptsets import resolve
@@ -155,8 +156,18 @@ class Job(Fields):
         """Those that need autoencoders."""
         return tuple(spec for spec in self.experiments if isinstance(spec, SaeSpec))
 
-    def chooses(self, spec: Spec, prompt_id: str) -> bool:
-        """Whether an experiment measures a text: a prompt of the job, or a chunk of its own corpus."""
+    def chooses(self, spec: Spec, prompt_id: str, bos: Fed | None = None) -> bool:
+        """Whether an experiment measures a text: a prompt of the job, or a chunk of its own corpus.
+
+        Args:
+            spec: the experiment.
+            prompt_id: of the text; that of one with another beginning says so (`fed.fed_id`).
+            bos: how its texts begin where that is not as the tokenizer has it (`experiments.sae.spec.fed_as`).
+        """
+        name, begins = plain_id(prompt_id)
+        if begins != bos:
+            return False
+        prompt_id = name
         if not spec.chooses(prompt_id):
             return False
         return _corpus(spec) is not None or not any(corpus.holds(prompt_id) for corpus in self.corpora)

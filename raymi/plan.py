@@ -12,7 +12,7 @@ from typing import TypeGuard, TypeVar
 from raymi.catalog import CachedModel
 from raymi.errors import UserError
 from raymi.experiments.knockout.spec import Ablation, Company, KnockoutSpec, ablations, check, confirm_layers
-from raymi.experiments.sae.spec import Injection, SaeRef, SaeSpec
+from raymi.experiments.sae.spec import Injection, SaeRef, SaeSpec, fed_as
 from raymi.experiments.sae.spec import work as sae_work
 from raymi.job import Job, Spec
 from raymi.model.sizes import (
@@ -203,7 +203,7 @@ def units(
     rule = rule or CutRule(unit_ablations=job.unit_ablations)
     by_length: dict[int, list[TokenizedPrompt]] = {}
     for prompt in prompts:
-        if job.chooses(spec, prompt.prompt.id):
+        if job.chooses(spec, prompt.prompt.id, fed_as(saes)):
             _fits(prompt, model)
             by_length.setdefault(len(prompt.token_ids), []).append(prompt)
     about = [UNIT_VERSION, model.id, model.revision, job.dtype, spec.canonical]
@@ -397,7 +397,10 @@ def drawn(
         saes: the autoencoders of its experiments.
     """
     random, of = Random(f"{job.seed} {model.id}"), saes or {}
-    choices = {spec.name: [each for each in prompts if job.chooses(spec, each.prompt.id)] for spec in job.experiments}
+    choices = {
+        spec.name: [each for each in prompts if job.chooses(spec, each.prompt.id, fed_as(of.get(spec.name, ())))]
+        for spec in job.experiments
+    }
     without = {spec.name for spec in job.experiments if isinstance(spec, SaeSpec) and not of.get(spec.name)}
     turns = [spec for spec in job.experiments if choices[spec.name] and spec.name not in without]
     random.shuffle(turns)

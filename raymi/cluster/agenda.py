@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from raymi.catalog import CachedModel
+from raymi.cluster.feeding import holds
 from raymi.cluster.tokenised import from_rows
 from raymi.cluster.worker import Failed, failure
 from raymi.errors import UserError
 from raymi.experiments.sae.resolve import Record, is_current, latest, refs
+from raymi.fed import fed_id, plain_id
 from raymi.job import Job
 from raymi.plan import CutRule, Saes, Unit, full_forward_flops, units
 from raymi.prompts import Prompt, TokenizedPrompt
@@ -41,6 +43,7 @@ class Known:
             and all(any(map(corpus.holds, self.prompts)) for corpus in job.corpora)
             and all(spec.name in found for spec in job.sae_experiments)
             and all(map(is_current, self.saes))
+            and holds(job, self.saes, self.prompts)
         )
 
 
@@ -130,7 +133,7 @@ class Agenda:
             usable = self._usable(model, known.prompts, saes)
             cut = [
                 unit
-                for generation in [*self._generations, *self._chunks(known)]
+                for generation in [*map(_all_fed, self._generations), *self._chunks(known)]
                 for unit in self._cut(model, [usable[each] for each in generation if each in usable], saes)
                 if any(self._is_wanted(prompt_id) for prompt_id, _ in unit.items)
             ]
@@ -142,18 +145,22 @@ class Agenda:
 
     def _chunks(self, known: Known) -> list[list[str]]:
         """The chunks of each corpus, which never change: a corpus is a generation of its own."""
-        found: dict[str, list[str]] = {}
+        found: dict[tuple[str, str], list[str]] = {}
         for prompt_id in known.prompts:
-            corpus, _, number = prompt_id.rpartition("/")
+            name, bos = plain_id(prompt_id)
+            corpus, _, number = name.rpartition("/")
             if self._is_chunk(prompt_id):
-                found.setdefault(corpus, []).append(number)
-        return [[f"{corpus}/{number}" for number in sorted(found[corpus], key=int)] for corpus in sorted(found)]
+                found.setdefault((corpus, fed_id("", bos)), []).append(number)
+        return [
+            [f"{corpus}/{number}{bos}" for number in sorted(numbers, key=int)]
+            for (corpus, bos), numbers in sorted(found.items())
+        ]
 
     def _is_chunk(self, prompt_id: str) -> bool:
-        return any(corpus.holds(prompt_id) for corpus in self.job.corpora)
+        return any(corpus.holds(plain_id(prompt_id)[0]) for corpus in self.job.corpora)
 
     def _is_wanted(self, prompt_id: str) -> bool:
-        return prompt_id in self._wanted or self._is_chunk(prompt_id)
+        return plain_id(prompt_id)[0] in self._wanted or self._is_chunk(prompt_id)
 
     def _usable(
         self, model: CachedModel, prompts: Mapping[str, TokenizedPrompt], saes: Saes
@@ -173,6 +180,11 @@ class Agenda:
             for spec in self.job.experiments
             for unit in units(self.job, spec, model, prompts, self._rule, saes.get(spec.name, ()))
         ]
+
+
+def _all_fed(generation: Sequence[str]) -> list[str]:
+    """The prompts of a generation, and the same where they begin otherwise."""
+    return [fed_id(each, bos) for each in generation for bos in (None, "always", "never")]
 
 
 def stored(store: Store, run: str) -> Stored:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymi.catalog import CachedModel
+from raymi.cluster.feeding import feed
 from raymi.cluster.testbed import testbed
 from raymi.cluster.tokenised import to_rows
 from raymi.errors import UserError
@@ -127,7 +128,10 @@ class Worker:
         """
         try:
             prompts = self._read()
-            records = self._find()
+            records, more = feed(
+                self.job, self._find(), prompts, self.former, self._get_tokenizer(), model_id=self.model.id
+            )
+            prompts |= more
             rows = to_rows(self.model, list(prompts.values()), self._get_tokenizer())
         except Exception as error:
             return failure(error)

@@ -21,7 +21,7 @@ CELLS = {
     "sae_quality": ["unit_id", "sae", "site"],
 }
 """What tells a row from all others."""
-HOW = {"clean_error", "testbed", "run", "model"}
+HOW = {"clean_error", "closed", "bos_differs", "testbed", "run", "model"}
 """Columns that two runs need not have alike, nor an older raymi at all."""
 
 

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo, model_
 from raymi.corpus import Corpus
 from raymi.experiments.axes import Axis, Position, pieces_of, positions
 from raymi.experiments.columns import EFFECTS, HOW
+from raymi.fed import Fed
 from raymi.fields import Fields, Names, NotEmpty, problem
 from raymi.prompts import TokenizedPrompt
 
@@ -40,7 +41,7 @@ class SaeRef:
     """Whether it takes activations without their mean over the width."""
     prepend_bos: bool | None = None
     """Whether its files say that its texts began with BOS."""
-    bos: Literal["always", "never"] | None = None
+    bos: Fed | None = None
     """How texts begin for the experiment, where its autoencoders want that otherwise than the tokenizer has it."""
     plain: str | None = None
     """What the plan took for the same place: `mlp.hook_out` where no norm stands behind the module. To be confirmed."""
@@ -223,6 +224,12 @@ TABLES: dict[Measure, str] = {
     "ablation": "sae_ablations",
 }
 
+
+def fed_as(saes: Sequence[SaeRef]) -> Fed | None:
+    """How the texts of an experiment with these autoencoders begin; None: as the tokenizer has it."""
+    return saes[0].bos if saes else None
+
+
 Work = SaeRef | Injection
 """What is done with one text: an autoencoder reads all of it, or one injection is made."""
 
@@ -261,6 +268,9 @@ _ABOUT: tuple[tuple[str, pa.DataType], ...] = (
     ("sae", pa.string()),
     ("sae_version", pa.string()),
     ("site", pa.string()),
+    # Whether its files say that texts began with BOS where these do not, or the other way round; null where they do not
+    # say, or an older raymi did not look.
+    ("bos_differs", pa.bool_()),
 )
 
 FEATURES = pa.schema(

@@ -64,7 +64,12 @@ class Task:
             "sae": sae.name,
             "sae_version": sae.version,
             "site": sae.site,
+            "bos_differs": None if sae.prepend_bos is None else sae.prepend_bos != self._begins_with_bos,
         }
+
+    @property
+    def _begins_with_bos(self) -> bool:
+        return self.prompts[self.items[0][0]].bos
 
 
 def ids_of(texts: Sequence[TokenizedPrompt]) -> Tensor:

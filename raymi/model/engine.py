@@ -309,13 +309,13 @@ def measure_capability(model: HookedModel, n_tokens: int) -> Capability:
 def _judge(model: HookedModel, ids_PT: Tensor, cells: Sequence[Cell], rows: int) -> tuple["_Beside | None", str]:
     """What ways are judged by in half precision, or why there is nothing."""
     try:
-        return _Beside(model, ids_PT, cells, truths(model, ids_PT, cells, rows=max(1, rows // 2))), ""
+        # Few rows at a time: edited masks are as large as scores, and these are in float32.
+        return _Beside(model, ids_PT, cells, truths(model, ids_PT, cells, rows=max(1, rows // 8))), ""
     except NoTruth as error:
         why = str(error)
-    except Exception as error:
-        if not memory.is_out_of_memory(error):
-            raise
-        why = "a layer in float32 does not fit into memory"
+    except Exception as error:  # a family's own code, run in a way that it was not written for, may fail in any way
+        out_of_memory = memory.is_out_of_memory(error)
+        why = "a layer in float32 does not fit into memory" if out_of_memory else f"{type(error).__name__}: {error}"
     memory.empty_cache(model.device)  # not within the except clause, for the error holds what the failed forward made
     return None, f"no proof in half precision: {why}"
 

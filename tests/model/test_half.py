@@ -149,10 +149,17 @@ def test_rounding_has_a_cap_in_float32_too(
     assert loud.precision is None
 
 
-@pytest.mark.parametrize("why", ["memory", "accelerate"])
+@pytest.mark.parametrize("why", ["memory", "accelerate", "their code"])
 def test_without_a_truth_there_is_no_proof(why: str, monkeypatch: pytest.MonkeyPatch):
     model = half("gpt2")
-    if why == "memory":
+    if why == "their code":
+
+        def choke(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if args[0].dtype == torch.float32:
+                raise LookupError("a kernel for half precision only")
+
+        model.blocks[1].module.register_forward_pre_hook(choke)
+    elif why == "memory":
 
         def fail(*_: Any, **__: Any) -> None:
             raise torch.OutOfMemoryError("not that much")

@@ -48,12 +48,12 @@ def judge(engine: Engine, truth: Truth, effect: Tensor, way: Way) -> Verdict:
 
 def of_verdict(verdict: Verdict, truth: Truth, way: str) -> dict[str, Any]:
     """Fields of a record."""
-    shifted = verdict.off <= verdict.tolerance and not verdict.shift <= verdict.cap
+    shifted = verdict.off <= verdict.tolerance and not verdict.shift <= verdict.shift_tolerance
     return {
         "engine": way,
         "max_logit_diff": verdict.shift if shifted else verdict.off,
         "effect": float(truth.effect.abs().max()),
-        "tolerance": verdict.cap if shifted else verdict.tolerance,
+        "tolerance": verdict.shift_tolerance if shifted else verdict.tolerance,
         "spread": verdict.spread,
         "spread_tolerance": verdict.spread_tolerance,
         "passed": verdict.passed,

@@ -9,7 +9,8 @@ some error, too, for this very ablation. A measured effect passes when its error
   together, so this is what finds a wrong head (`benchmarks/half.py` measures how surely);
 - its largest, by at most `LARGEST` times, and never by more than `CAP` of the largest logit.
 
-A shift of all logits alike is taken off first: no probability sees it, and it varies most. It is held to the cap.
+A shift of all logits alike is taken off first: no probability sees it, and it varies most from one right way to
+another. It may be `SHIFT` of the largest logit, which is no proof, but finds what is grossly wrong.
 
 Where experts are chosen, the family's own forward is measured with the choices of the truth, so that a jump to another
 expert does not pass for rounding. What is off when it chooses freely and is not with those choices has jumped, and is
@@ -30,7 +31,7 @@ from raymi.model.interventions import Intervention
 from raymi.model.routing import Choices, flips, routing
 from raymi.model.truth import HALF, in_float32
 
-SPREAD, LARGEST, CAP = 2.5, 3.0, 0.05
+SPREAD, LARGEST, CAP, SHIFT = 2.5, 3.0, 0.05, 0.1
 
 FULL = 2.0
 """So many times more may full forwards be off before a model is refused: there is no slower way to go by."""
@@ -76,18 +77,19 @@ class Verdict(NamedTuple):
     spread_tolerance: float
     shift: float
     """Of all logits alike."""
-    cap: float
-    """What a shift may be, and no tolerance is above."""
+    shift_tolerance: float
 
     @property
     def passed(self) -> bool:
-        return self.off <= self.tolerance and self.spread <= self.spread_tolerance and self.shift <= self.cap
+        return (
+            self.off <= self.tolerance and self.spread <= self.spread_tolerance and self.shift <= self.shift_tolerance
+        )
 
     def __str__(self) -> str:
         if not self.off <= self.tolerance:
             return f"off by {self.off:.1e} in the logits, where {self.tolerance:.1e} would be noise"
-        if not self.shift <= self.cap:
-            return f"all logits shifted by {self.shift:.1e}, where {self.cap:.1e} would be noise"
+        if not self.shift <= self.shift_tolerance:
+            return f"all logits shifted by {self.shift:.1e}, where {self.shift_tolerance:.1e} would be noise"
         return f"off by {self.spread:.1e} over all logits, where {self.spread_tolerance:.1e} would be noise"
 
 
@@ -140,7 +142,7 @@ class Truth:
             spread_of(off),
             min(times * SPREAD * spread, cap),
             abs(float(off.mean())),
-            cap,
+            cap * SHIFT / CAP,
         )
 
 

@@ -3,7 +3,8 @@
 A router takes the largest few of its scores. Where two are nearly equal, rounding decides, and a token goes to another
 expert: a jump that is no mistake. Whoever compares two forwards of such a model in half precision can tell jumps from
 mistakes by letting both choose alike. Nothing is known of families: what is watched is `topk` over the last dimension,
-once for each row and position, while a decoder layer runs (indexers of sparse attention choose in the same way).
+once for each row and position, while a decoder layer runs (indexers of sparse attention choose in the same way), and
+the `max` of a matrix with a line for each of them, which is how some take one expert at a time.
 
 Legend: B rows, T positions, S the last of them, K choices.
 """
@@ -22,7 +23,7 @@ from raymi.model.sites import hidden_input
 Choices = Mapping[tuple[int, int], Tensor]
 """(layer, which of its choices) -> what one row chose, [T, ..., K]."""
 
-_TOPK = (torch.topk, Tensor.topk)
+_TOPK, _MAX = (torch.topk, Tensor.topk), (torch.max, Tensor.max)
 
 
 class _Routing(TorchFunctionMode):
@@ -42,13 +43,20 @@ class _Routing(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        return self._choice(args[0], found) if func in _TOPK and self.layer is not None and args else found
+        if self.layer is None or not args or not isinstance(found, tuple):
+            return found
+        chooses = func in _TOPK or (func in _MAX and args[0].dim() == 2)
+        return self._choice(args[0], found) if chooses else found
 
     def _choice(self, scores: Tensor, found: Any) -> Any:
         values, indices = found
         n_rows, n_positions = self.shape
         apart = scores.shape[:2] == self.shape
-        if indices.shape[:-1] != scores.shape[:-1] or not (apart or len(scores) == n_rows * n_positions):
+        if (
+            indices.dim() != scores.dim()
+            or indices.shape[:-1] != scores.shape[:-1]
+            or not (apart or len(scores) == n_rows * n_positions)
+        ):
             return found  # over something else than each token's own scores
         chosen = indices if apart else indices.unflatten(0, self.shape)
         key, self.times = (self.layer or 0, self.times), self.times + 1

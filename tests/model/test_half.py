@@ -111,7 +111,7 @@ def test_a_shift_of_all_logits_is_held_to_the_cap():
     typical = precision([truth])
     right = effects(model, cells, prompt())[0]
     assert truth.judge(right + 0.5 * CAP * typical.scale, typical).passed
-    verdict = truth.judge(right + 2 * CAP * typical.scale, typical)
+    verdict = truth.judge(right + 3 * CAP * typical.scale, typical)
     assert not verdict.passed
     assert "all logits shifted by" in str(verdict)
 

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from raymi.model.cone import Cone
+from raymi.model.engine import measure_capability
 from raymi.model.hooked import Cell, HookedModel
 from raymi.model.interventions import Mask, scale
 from raymi.model.routing import flips, routing
+from tests.conformance import configs as types
 from tests.families import PROMPT, prompt
 
 
@@ -48,6 +50,21 @@ def test_what_is_chosen_is_seen_and_can_be_held(family: str, hooked: Any):
     assert flips(choices[0], again.of_row(0)) == 0
     assert flips(choices[1], again.of_row(1)) > 0, "rows without are free"
     torch.testing.assert_close(model.run(ids_PT), clean_PV, atol=0, rtol=0)
+
+
+def test_one_expert_at_a_time_is_seen_too():
+    """As Phi-MoE takes them, by `max`."""
+    raw = types.build("phimoe")
+    for parameter in raw.parameters():
+        parameter.data = parameter.data.half()
+    model = HookedModel(raw, "phimoe")
+    with routing(model) as watched:
+        model.run(prompt())
+    assert {layer for layer, _ in watched.of_row(0)} == set(range(model.n_layers))
+    found = measure_capability(model, PROMPT)
+    assert found.precision is not None
+    assert found.way == "cone"
+    assert found.precision.error < 0.03 * found.precision.scale
 
 
 def test_dense_models_choose_nothing(hooked: Any):

@@ -199,7 +199,7 @@ def _spread(of: Precision | None) -> str:
 def differences(found: Sequence[Found]) -> str:
     """Differences of half precision from float32, as Markdown."""
     lines = [
-        "| model | dtype | effect on a logit, to | by | off on a logit: median, largest | off in KL: median, largest |",
+        "| model | dtype | effect | by | off on a logit: median, largest | off in KL: median, largest |",
         "|" + " --- |" * 6,
     ]
     for each in found:

@@ -3,6 +3,9 @@
 import pytest
 
 from benchmarks import half
+from tests.model.measuring import one_thread
+
+__all__ = ["one_thread"]
 
 
 def test_three_dtypes(capsys: pytest.CaptureFixture[str]):

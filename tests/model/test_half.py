@@ -33,9 +33,10 @@ def planted(family: str, layer: int, share: float, dtype: torch.dtype = torch.bf
     return HookedModel(model, family)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.02])
-@pytest.mark.parametrize("layer", [1, 3])
-@pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("family", "layer", "share"),
+    [("gpt_oss", 1, 0.1), ("gpt_oss", 3, 0.02), ("mixtral", 3, 0.1), ("mixtral", 1, 0.02), ("qwen3_moe", 2, 0.02)],
+)
 def test_a_planted_state_is_found_among_experts(family: str, layer: int, share: float):
     found = measure_capability(planted(family, layer, share), PROMPT)
     assert found.way != "cone"

@@ -72,11 +72,12 @@ def inspect(where: str, cache_dir: Path | None, as_json: bool) -> None:
         "architecture": about.architecture + (f", k = {about.k}" if about.k else ""),
         "model": about.model_id or "not stated",
         "site": about.site or "not stated",
-        "predicts": about.site_out,
+        "predicts": about.site_out or ("not stated" if about.transcoder else None),
         "head": about.head,
         "width": f"{about.d_in:,} -> {about.d_sae:,}" + (f" -> {about.d_out:,}" if about.transcoder else ""),
         "dtype": about.dtype,
         "input": _input(about),
+        "texts": None if about.prepend_bos is None else f"begin with{'' if about.prepend_bos else 'out'} BOS",
         "file": about.file,
         "note": "; ".join(about.notes) or None,
     }
@@ -170,6 +171,7 @@ def _cells(sae: Description) -> list[str]:
 
 def _input(about: Description) -> str | None:
     ways = [
+        "without its mean over the width" if about.centred else "",
         f"normalised: {about.normalisation}" if about.normalisation != "none" else "",
         "decoder bias subtracted" if about.apply_b_dec_to_input else "",
         "heads joined" if about.heads_joined else "",

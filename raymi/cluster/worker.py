@@ -149,6 +149,7 @@ class Worker:
         try:
             loaded = self._load()
             confirm(self.job, self.model, loaded.model.attention_layers)
+            self._confirm_places(loaded)
             verified = self._verify(loaded.engine)
         except Exception as error:
             return failure(error)
@@ -226,6 +227,12 @@ class Worker:
         self._engine = loaded.engine
         self._testbed = testbed(loaded.model.device, self.job.dtype)
         return loaded
+
+    def _confirm_places(self, loaded: "Loaded") -> None:
+        if self._saes:
+            from raymi.experiments.sae.places import confirm_places
+
+            confirm_places(loaded.model, [ref for its in self._saes.values() for ref in its])
 
     def _verify(self, engine: "Engine") -> list[dict[str, Any]]:
         """Measures a little twice before any row is made; raises Mismatch, or turns to full forwards, verified too."""

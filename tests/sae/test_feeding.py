@@ -10,7 +10,7 @@ import torch
 from raymi.errors import UserError
 from raymi.sae import check_fits, describe, load
 from tests.sae.making import D, F, saelens
-from tests.sae.test_loading import FITS, dictionary, llama_scope, sparsify
+from tests.sae.test_loading import FITS, dictionary, gemma_scope_2, llama_scope, sparsify
 
 
 def old_saelens(folder: Path, **config: Any) -> Path:
@@ -147,3 +147,31 @@ def test_lengths_that_llama_scope_multiplies_with(length: float, norms: bool, re
 def test_a_checkpoint_of_the_model_is_told(tmp_path: Path) -> None:
     about = describe(saelens(tmp_path, metadata={"model_from_pretrained_kwargs": {"revision": "step3000"}}))
     assert about.model_revision == "step3000"
+
+
+@pytest.mark.parametrize(
+    ("predicts", "refused"),
+    [
+        (None, False),
+        ("model.layers.1.post_feedforward_layernorm.output", False),
+        ("model.layers.2.post_feedforward_layernorm.output", True),
+        ("model.layers.1.output", True),
+    ],
+)
+def test_what_a_transcoder_of_gemma_scope_2_predicts(predicts: str | None, refused: bool, tmp_path: Path) -> None:
+    config = {"hf_hook_point_in": "model.layers.1.pre_feedforward_layernorm.output", "hf_hook_point_out": predicts}
+    folder = gemma_scope_2(tmp_path / "transcoder" / "layer_1_width_16k", **config)
+    if refused:
+        with pytest.raises(UserError, match=r"hf_hook_point_out is 'model\.layers.*post_feedforward_layernorm"):
+            describe(folder)
+    else:
+        assert describe(folder).site_out == "blocks.1.hook_mlp_out"
+
+
+def test_what_training_left_out_of_texts_is_noted(tmp_path: Path) -> None:
+    given = {"seqpos_slice": [5, None], "exclude_special_tokens": True}
+    assert describe(saelens(tmp_path / "a", metadata=given)).notes == (
+        "trained with seqpos_slice [5, None]",
+        "trained with exclude_special_tokens True",
+    )
+    assert describe(saelens(tmp_path / "b", metadata={"seqpos_slice": [None]})).notes == ()

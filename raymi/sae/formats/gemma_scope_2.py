@@ -40,6 +40,7 @@ def _describe(source: Source, file: Path) -> Description:
     encoder, decoder = member(file, found, "w_enc"), member(file, found, "w_dec")
     layer, kind = _where(config, own)
     transcoder = kind == "transcoder" or config.text("hf_hook_point_out") not in (None, config.text("hf_hook_point_in"))
+    _check_predicted(config, layer, transcoder=transcoder)
     skip = config.flag("affine_connection", default=False) or "affine_skip_connection" in found
     tensors = named(W_enc="w_enc", W_dec="w_dec", b_enc="b_enc", b_dec="b_dec", threshold="threshold")
     if skip:
@@ -86,6 +87,14 @@ def _where(config: Config, own: str) -> tuple[int | None, str | None]:
             )
     layer, kind = (found if said is None else said for said, found in zip(stated, of_path, strict=True))
     return layer, kind  # pyright: ignore[reportReturnType]
+
+
+def _check_predicted(config: Config, layer: int | None, *, transcoder: bool) -> None:
+    """Whether a transcoder predicts its own layer's MLP, as all do that are published."""
+    said = config.text("hf_hook_point_out")
+    hook = re.search(r"layers\.(\d+)\.(.+)", said or "")
+    if transcoder and said is not None and (hook is None or (int(hook[1]), _HOOKS.get(hook[2])) != (layer, "mlp_out")):
+        raise config.refuse("hf_hook_point_out", f"'model.layers.{layer}.post_feedforward_layernorm.output'")
 
 
 def _model(place: str, stated: str | None) -> str | None:

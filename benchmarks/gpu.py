@@ -180,10 +180,10 @@ def ablations(visit: Visit, dtype: str, seconds: float) -> None:
 
 
 def half(visit: Visit, seconds: float) -> None:
-    """The bars of half precision, where this version has them."""
-    if importlib.util.find_spec("benchmarks.half") is None:
-        return
-    code, said = visit.run("benchmarks.half", "--device", visit.device, "--shape", visit.shape, seconds=seconds)
+    """The bars of half precision."""
+    heads = "40" if visit.device == "cuda" else "4"
+    options = ("--device", visit.device, "--shape", visit.shape, "--heads", heads)
+    code, said = visit.run("benchmarks.half", *options, seconds=seconds)
     visit.sound &= code == 0
     visit.say("", "### half precision", "", *said.splitlines()[-60:])
     if code != 0:
@@ -220,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tests(visit, "on the device: numbers, the proof in three dtypes, memory", 120, "-m", "gpu", *ROOMS)
         for dtype in options.dtypes:
             ablations(visit, dtype, 90)
-        half(visit, 60)
+        half(visit, 80)
         if options.tests:
             tests(
                 visit,

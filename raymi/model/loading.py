@@ -18,7 +18,7 @@ from raymi.model.config import REACHES, values, whole
 from raymi.model.engine import Capability, Engine, Way, measure_capability
 from raymi.model.hooked import HookedModel
 from raymi.model.linear import lay_out
-from raymi.model.unused import Stored, contradictions, unused
+from raymi.model.unused import Stored, contradictions, unused, without_scale
 
 SHORTEST_CHECK = 12
 
@@ -154,9 +154,15 @@ def _check_rest(
 ) -> tuple[str, ...]:
     """The parts that are not built; BadWeights when a tensor of what is built is left over, or two stand for one."""
     stored, base = Stored(_safetensors(path)), model.base_model_prefix
-    if clashes := list(contradictions(stored, base)):
+    if clashes := [*contradictions(stored, base), *without_scale(model, stored, base)]:
         raise BadWeights(f"{name}: its weights are not one model: {_first(clashes)}")
     rest = unused(model, unexpected, stored, base)
+    adapter = path / "adapter_config.json"
+    if adapter.exists() and not allow_unused and not getattr(model, "_hf_peft_config_loaded", False):
+        raise BadWeights(
+            f"{name}: an adapter lies beside its weights ({adapter.name}) and has not been applied: there is no peft. "
+            f"--allow-unused {name} (in Python allow_unused=True) measures the model without it."
+        )
     if rest.wrong and not allow_unused:
         raise BadWeights(
             f"{name}: its weights hold more than the model of its config has a place for: {_first(rest.wrong)}. "

@@ -19,6 +19,7 @@ _CONSTANTS = re.compile(
     r"(original_)?inv_freq|position_ids|token_type_ids|(cos|sin)_cached|num_batches_tracked|version"
 )
 """Buffers that older releases of transformers stored and that are made anew from the config."""
+_INTEGERS = frozenset(("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +40,15 @@ class Stored:
     places: dict[str, list[Path]] = field(default_factory=dict[str, list[Path]])
     """Tensor -> the files that hold it."""
 
+    kinds: dict[str, str] = field(default_factory=dict[str, str])
+    """Tensor -> its dtype, as safetensors call it."""
+
     def __post_init__(self) -> None:
         for file in self.files:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118  # it is no mapping
                     self.places.setdefault(name, []).append(file)
+                    self.kinds[name] = opened.get_slice(name).get_dtype()
 
     def read(self, name: str, place: Path | None = None) -> Tensor | None:
         """A tensor as it is stored, or None where nothing of the name is known."""
@@ -91,6 +96,14 @@ def unused(model: nn.Module, unexpected: Collection[str], stored: Stored, base: 
         else:
             wrong += names
     return Unused(tuple(sorted(wrong)), tuple(beside))
+
+
+def without_scale(model: nn.Module, stored: Stored, base: str) -> Iterator[str]:
+    """Weights stored as integers, as quantised ones are: transformers takes them for the numbers they stand for."""
+    numbers = {name for name, tensor in model.named_parameters() if tensor.is_floating_point()}
+    for name, kind in sorted(stored.kinds.items()):
+        if kind in _INTEGERS and not numbers.isdisjoint((name, f"{base}.{name}", name.removeprefix(f"{base}."))):
+            yield f"{name} is stored as integers ({kind}), whose scale is not known"
 
 
 def contradictions(stored: Stored, base: str) -> Iterator[str]:

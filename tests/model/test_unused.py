@@ -216,6 +216,22 @@ def test_experts_with_a_gap_are_not_renumbered_silently(tmp_path: Path):
         read(tmp_path)
 
 
+def test_integers_are_not_taken_for_weights(llama: Path):
+    whole, name = stored(llama), "model.layers.0.self_attn.q_proj.weight"
+    store(llama, whole | {name: (100 * whole[name]).to(torch.int8)})
+    with pytest.raises(
+        BadWeights, match=r"org/more: .*layers\.0\.self_attn\.q_proj\.weight is stored as integers \(I8\)"
+    ):
+        read(llama)
+
+
+def test_an_adapter_that_is_not_applied_is_named(llama: Path):
+    (llama / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(BadWeights, match=r"org/a: an adapter .*--allow-unused org/a"):
+        load(llama, name="org/a", device="cpu")
+    assert load(llama, device="cpu", allow_unused=True).not_built == ()
+
+
 def test_kinds_of_layers_that_do_not_cover_the_layers_are_refused(tmp_path: Path):
     build("cohere2").save_pretrained(tmp_path)
     edit_config(tmp_path, layer_types=["sliding_attention", "full_attention", "sliding_attention"])

@@ -31,7 +31,7 @@ from raymi.model.interventions import Intervention
 from raymi.model.routing import Choices, flips, routing
 from raymi.model.truth import HALF, in_float32
 
-SPREAD, LARGEST, CAP, SHIFT = 2.5, 3.0, 0.05, 0.1
+SPREAD, LARGEST, CAP, SHIFT = 2.5, 4.0, 0.05, 0.1
 
 FULL = 2.0
 """So many times more may full forwards be off before a model is refused: there is no slower way to go by."""

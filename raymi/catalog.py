@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from raymi import snapshot
 from raymi.errors import UserError
+from raymi.heads import Heads
 from raymi.snapshot import DamagedError
 
 
@@ -47,11 +48,18 @@ class CachedModel:
     """Relative to `path`; empty when they cannot all be read."""
     needs_remote_code: bool = False
     pickle_only: bool = False
+    heads_by_layer: tuple[int, ...] | None = None
+    """Query heads of each layer, where not all have `n_heads`, as far as config.json tells."""
     attention_layers: tuple[int, ...] | None = None
     """Those that have attention, ascending, of a model in which others have none; None: all of them, as far as
     config.json tells."""
     not_built: tuple[str, ...] = ()
     """Parts of the checkpoint that loading a causal language model leaves out: towers, prediction heads."""
+
+    @property
+    def heads(self) -> Heads | None:
+        """Query heads of its layers, as far as config.json tells."""
+        return None if self.n_heads is None else Heads(self.n_heads, self.heads_by_layer)
 
     @property
     def runnable(self) -> bool:
@@ -294,6 +302,7 @@ def _describe(id: str, repo: _Repo, commit: str, *, allow_pickle: bool, trust_re
         weight_files=weights.files if weights else (),
         needs_remote_code=snapshot.needs_remote_code(config),
         pickle_only=weights is not None and weights.pickle,
+        heads_by_layer=snapshot.heads_by_layer(config, sizes["n_layers"], sizes["n_heads"]),
         attention_layers=snapshot.attention_layers(config, sizes["n_layers"]),
         not_built=weights.not_built if weights else (),
         **sizes,

@@ -11,9 +11,18 @@ from typing import TypeGuard, TypeVar
 
 from raymi.catalog import CachedModel
 from raymi.errors import UserError
-from raymi.experiments.knockout.spec import Ablation, Company, KnockoutSpec, ablations, check, confirm_layers
+from raymi.experiments.knockout.spec import (
+    Ablation,
+    Company,
+    KnockoutSpec,
+    ablations,
+    check,
+    confirm_heads,
+    confirm_layers,
+)
 from raymi.experiments.sae.spec import Injection, SaeRef, SaeSpec, fed_as
 from raymi.experiments.sae.spec import work as sae_work
+from raymi.heads import Heads
 from raymi.job import Job, Spec
 from raymi.model.sizes import (
     KEPT_BYTES,
@@ -150,27 +159,30 @@ def _refusal(job: Job, model: CachedModel, *, named: bool) -> Rejected | None:
     return None
 
 
-def _shape(model: CachedModel) -> tuple[int, int, tuple[int, ...] | None]:
-    """Its layers, its heads, and which layers have attention (None: all)."""
-    if model.n_layers is None or model.n_heads is None:
+def _shape(model: CachedModel) -> tuple[int, Heads, tuple[int, ...] | None]:
+    """Its layers, their heads, and which layers have attention (None: all)."""
+    if model.n_layers is None or model.heads is None:
         raise UserError(f"{model.id}: its config.json does not say how many layers and heads it has")
-    return model.n_layers, model.n_heads, model.attention_layers
+    return model.n_layers, model.heads, model.attention_layers
 
 
-def confirm(job: Job, model: CachedModel, attention_layers: Sequence[int]) -> None:
+def confirm(job: Job, model: CachedModel, attention_layers: Sequence[int], heads: Heads | None = None) -> None:
     """Whether units that were planned by a model's config.json cut what the job says, now that the model is loaded.
 
     Args:
         job: the job.
         model: as it was planned for.
         attention_layers: the layers that have attention, ascending, as the loaded model shows them.
+        heads: the heads of its layers, as its attention is called with them; None: not looked at.
 
     Raises:
-        UserError: an experiment would cut other layers.
+        UserError: an experiment would cut other layers, or other heads.
     """
     for spec in job.experiments:
         if isinstance(spec, KnockoutSpec):
             confirm_layers(spec, model.n_layers or 0, model.attention_layers, attention_layers)
+            if heads is not None and model.heads is not None:
+                confirm_heads(spec, model.n_layers or 0, attention_layers, model.heads, heads)
 
 
 def units(
@@ -214,7 +226,7 @@ def units(
         cost = Cost.of(model, n_tokens)
         price = _Price(spec, cost, full=job.engine == "full")
         work = ((prompt, _work(spec, prompt, model, saes)) for prompt in bucket)
-        cut += [_unit(about, spec.name, block, price) for block in _blocks(work, rule, price)]
+        cut += [_unit(about, spec.name, block, price, model.heads) for block in _blocks(work, rule, price)]
     return cut
 
 
@@ -263,9 +275,11 @@ def _blocks(work: Iterable[tuple[TokenizedPrompt, Sequence[Work]]], rule: CutRul
         yield block
 
 
-def _unit(about: Sequence[object], experiment: str, block: Block, price: "_Price") -> Unit:
+def _unit(about: Sequence[object], experiment: str, block: Block, price: "_Price", heads: Heads | None) -> Unit:
     # Ids of prompts may be the user's, who may write another text under the same id: tokens tell.
-    items = [[p.prompt.id, p.token_ids, p.answer_id, p.wrong_id, [_said(each) for each in part]] for p, part in block]
+    items = [
+        [p.prompt.id, p.token_ids, p.answer_id, p.wrong_id, [_said(each, heads) for each in part]] for p, part in block
+    ]
     text = json.dumps([about, items], separators=(",", ":"))
     # Every prompt is also run clean.
     return Unit(
@@ -276,11 +290,13 @@ def _unit(about: Sequence[object], experiment: str, block: Block, price: "_Price
     )
 
 
-def _said(work: Work) -> Sequence[object]:
+def _said(work: Work, heads: Heads | None) -> Sequence[object]:
     """What the name of a unit depends on."""
     match work:
         case Ablation():
-            return work.layers, work.heads, work.edges
+            # All heads, where layers have a number of their own, have another name than where that was not known.
+            named = heads.named(work.layers, None) if heads is not None and work.heads is None else work.heads
+            return work.layers, named, work.edges
         case SaeRef():
             return work.identity
         case Injection():
@@ -502,7 +518,7 @@ def estimate(
     size, n_layers = _BYTES[job.dtype], model.n_layers or 1
     hidden, vocabulary = model.hidden_size or 0, model.vocab_size or 0
     shape = Shape(
-        n_heads=model.n_heads or 1,
+        n_heads=max(model.heads_by_layer or (model.n_heads or 1,)),
         hidden_size=hidden,
         intermediate_size=model.intermediate_size or 4 * hidden,
         vocab_size=vocabulary,

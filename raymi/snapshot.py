@@ -115,6 +115,7 @@ def sizes(config: Mapping[str, Any]) -> dict[str, int | None]:
         defaults = config_defaults(model_type(config), model_type(text))
         found = {size: number or _first_int(defaults, _NAMES[size]) for size, number in found.items()}
     found["n_layers"] = found["n_layers"] or _listed_layers(text)
+    found["n_heads"] = found["n_heads"] or _listed_heads(text)
     heads, hidden = found["n_heads"], found["hidden_size"]
     if text.get("multi_query") and not text.get("new_decoder_architecture"):
         found["n_kv_heads"] = 1
@@ -124,6 +125,79 @@ def sizes(config: Mapping[str, Any]) -> dict[str, int | None]:
     if hidden:
         found["intermediate_size"] = found["intermediate_size"] or 4 * hidden
     return found
+
+
+def heads_by_layer(config: Mapping[str, Any], n_layers: int | None, n_heads: int | None) -> tuple[int, ...] | None:
+    """Query heads of each layer; None: `n_heads` everywhere, as far as the config tells.
+
+    They stand in configs of single layers (`per_layer_config`), in a list, or under another name for the layers with a
+    window, which the config of the family may state.
+    """
+    if n_layers is None or n_heads is None:
+        return None
+    text = text_config(config)
+    defaults = config_defaults(model_type(config), model_type(text))
+    # A field that the family's config class does not declare is one that its model does not read.
+    stated = {
+        **defaults,
+        **{
+            name: value
+            for name, value in text.items()
+            if not name.startswith("swa_") or not defaults or name in defaults
+        },
+    }
+    found = [n_heads] * n_layers
+    for name in _LISTED_HEADS:
+        match stated.get(name):
+            case [*numbers] if len(numbers) == n_layers and all(type(number) is int for number in numbers):
+                found = cast(list[int], numbers)
+            case _:
+                pass
+    if (with_window := _heads_with_window(stated)) is not None:
+        has_window = _has_window(stated)
+        found = [with_window if has_window(layer) else found[layer] for layer in range(n_layers)]
+    for layer, apart in _of_single_layers(stated):
+        number = _first_int(apart, _NAMES["n_heads"])
+        if number is not None and layer < n_layers:
+            found[layer] = number
+    return None if set(found) == {n_heads} else tuple(found)
+
+
+_LISTED_HEADS = ("num_attention_heads", "num_query_heads", "num_attention_heads_per_layer")
+
+
+def _heads_with_window(stated: Mapping[str, Any]) -> int | None:
+    if "per_layer_config" in stated:  # what those of a layer with a window come to is written there
+        return None
+    match stated:
+        case {"swa_num_attention_heads": int(number)} | {"num_sliding_attention_heads": int(number)}:
+            return number
+        case {"attention_other_setting": {"num_attention_heads": int(number)}}:
+            return number
+        case _:
+            return None
+
+
+def _has_window(stated: Mapping[str, Any]) -> Callable[[int], bool]:
+    """What tells of a layer whether it looks back over a window only."""
+    match stated:
+        case {"layer_types": [_, *_] as kinds}:
+            return lambda layer: "sliding" in str(kinds[layer % len(kinds)])
+        case {"local_layer_ids": [*indices]}:
+            return lambda layer: layer in indices
+        case {"sliding_window_pattern": int(period)} if period > 0:
+            return lambda layer: (layer + 1) % period != 0
+        case {"hybrid_layer_pattern": [_, *_] as kinds}:
+            return lambda layer: kinds[layer % len(kinds)] == 1
+        case _:
+            return lambda layer: (layer + 1) % 6 != 0  # what the families make of a config that does not say it
+
+
+def _of_single_layers(stated: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any]]]:
+    """Layers that have a config of their own, with what is in it."""
+    apart = stated.get("per_layer_config")
+    items = cast(dict[object, Any], apart).items() if isinstance(apart, dict) else ()
+    return [(int(str(layer)), own) for layer, own in items if str(layer).isdigit() and isinstance(own, dict)]
 
 
 def attention_layers(config: Mapping[str, Any], n_layers: int | None) -> tuple[int, ...] | None:
@@ -156,6 +230,8 @@ def _has_attention(text: Mapping[str, Any]) -> Callable[[int], bool]:
             return lambda layer: (layer + 1) % interval == 0
         case {"linear_attn_config": {"full_attn_layers": [*numbers]}}:  # counted from 1
             return lambda layer: layer + 1 in numbers
+        case {"block_configs": [{"attention": dict()}, *_] as blocks}:
+            return lambda layer: not blocks[layer % len(blocks)]["attention"].get("no_op")
         case _:
             return lambda _: True
 
@@ -167,6 +243,12 @@ def _listed_layers(text: Mapping[str, Any]) -> int | None:
             return len(kinds) or None
         case _:
             return None
+
+
+def _listed_heads(text: Mapping[str, Any]) -> int | None:
+    """Heads of the first layer, where a config has only a list of them."""
+    listed = (text.get(name) for name in _LISTED_HEADS)
+    return next((each[0] for each in listed if isinstance(each, list) and each and type(each[0]) is int), None)
 
 
 def files_needed(names: Collection[str]) -> list[str]:

@@ -22,7 +22,7 @@ _BLANK = "\ue000"
 
 def header(model: CachedModel, width: int) -> list[str]:
     """What is known before a model is loaded."""
-    shape = f"{model.n_layers} layers, {model.n_heads} heads, hidden size {model.hidden_size}"
+    shape = f"{model.n_layers} layers, {model.heads} heads, hidden size {model.hidden_size}"
     about = f"{model.model_type}, {shape}, {count(model.parameters)} parameters"
     return [f"{model.id} at {model.revision[:7]}", *_item("model", [about], width)]
 

@@ -63,7 +63,7 @@ def _cells(model: CachedModel) -> list[str]:
         model.revision[:7] or "-",
         model.model_type or "-",
         "-" if model.n_layers is None else str(model.n_layers),
-        "-" if model.n_heads is None else str(model.n_heads),
+        "-" if model.heads is None else str(model.heads),
         count(model.parameters),
         size(model.size_on_disk),
         model.dtype or "-",

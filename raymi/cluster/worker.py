@@ -148,7 +148,7 @@ class Worker:
             return failed
         try:
             loaded = self._load()
-            confirm(self.job, self.model, loaded.model.attention_layers)
+            confirm(self.job, self.model, loaded.model.attention_layers, loaded.model.all_heads)
             self._confirm_places(loaded)
             verified = self._verify(loaded.engine)
         except Exception as error:

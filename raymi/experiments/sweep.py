@@ -74,7 +74,7 @@ def _refuse_misfit(model: HookedModel, one: Intervention) -> None:
     n = len(one.positions)
     if one.site == BY_HEAD:
         # How wide a head is here, only the run itself can tell.
-        n_heads = model.n_heads if one.heads is None else len(one.heads)
+        n_heads = model.heads(one.layer) if one.heads is None else len(one.heads)
         fitted(one, one.shift, (n, n_heads, *one.shift.shape[-1:]))
     else:
         fitted(one, one.shift, (n, model.hidden_size))

@@ -16,6 +16,7 @@ from raymi.model.cone import Cone, NotClean
 from raymi.model.full import Batch, Full, Way
 from raymi.model.hooked import Cell, HookedModel, NotFinite, NotFired
 from raymi.model.interventions import Mask, scale
+from raymi.model.kinds import layer_kinds
 from raymi.model.proof import CAP, Precision, Truth, first_wrong, is_half, precision, truths
 from raymi.model.routing import routing
 from raymi.model.sites import NoSuchPlace, hidden_input
@@ -340,21 +341,36 @@ def _its_own_code(model: HookedModel) -> Iterator[None]:
 
 
 def _trial(model: HookedModel, n_tokens: int) -> list[Cell]:
-    """Cuts in the lowest and the highest layer with attention, at the end and in the middle, on two prompts.
+    """Cuts in the lowest and the highest layer with attention, at the end and in the middle, on two prompts; and in one
+    layer of every other kind, so that heads and windows which were taken for others are found.
 
-    Where the residual stream can be changed, it is, below all layers (those without attention may keep a state) and
-    below the highest.
+    Where the residual stream can be changed, it is, below all layers (those without attention may keep a state), below
+    the highest, and below one of every other kind without attention.
     """
     last, middle = n_tokens - 1, n_tokens // 2
     lowest, highest = model.attention_layers[0], model.attention_layers[-1]
     masks = [
-        (Mask(lowest, (model.n_heads - 1,), ((last, last - 1), (last, 0))),),
+        (Mask(lowest, (model.heads(lowest) - 1,), ((last, last - 1), (last, 0))),),
         (Mask(highest, None, ((last, last),)),),
         (Mask(lowest, (0,), ((middle, middle),)), Mask(highest, (0,), ((last, middle),))),
     ]
-    changed = [layer for layer in (0, highest) if model.blocks[layer].resid is not None]
+    others = _one_of_each_kind(model, {lowest, highest})
+    masks += [
+        (Mask(layer, (model.heads(layer) - 1,), ((last, last - 1), (middle, 0))), Mask(layer, None, ((last, last),)))
+        for layer in others
+        if model.blocks[layer].attention is not None
+    ]
+    without = [layer for layer in others if model.blocks[layer].attention is None]
+    changed = [layer for layer in dict.fromkeys((0, highest, *without)) if model.blocks[layer].resid is not None]
     changes = [(scale(layer, "hook_resid_pre", (middle,), 0.5),) for layer in changed]
     return [Cell(prompt, of_row) for prompt in (0, 1) for of_row in (*masks, *changes)]
+
+
+def _one_of_each_kind(model: HookedModel, tried: set[int]) -> list[int]:
+    """The first layer of every kind that these are not of."""
+    kinds = layer_kinds(model)
+    known = {kinds[layer] for layer in tried}
+    return [kinds.index(kind) for kind in dict.fromkeys(kinds) if kind not in known]
 
 
 def _company(model: HookedModel, ids_PT: Tensor, rows: int) -> float:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from raymi.heads import Heads
 from raymi.model.attention import NAME, Cut, Edges, HeadShape, Prefix, Tap, attach
-from raymi.model.config import REACHES, of_layers, values, whole
-from raymi.model.edited_mask import edited_masks, masks_of
+from raymi.model.described import heads_by_layer, largest, shows_its_masks, usual_heads
+from raymi.model.edited_mask import edited_masks
 from raymi.model.editing import SiteEdits, place
 from raymi.model.interventions import EDITABLE, Edit, Intervention, Mask
 from raymi.model.linear import linear_layers
@@ -94,7 +95,7 @@ class HookedModel:
         self.model, self.name = model.eval(), name
         text = model.config.get_text_config()
         self.n_layers: int = text.num_hidden_layers
-        self.n_heads: int = _heads(text, name)
+        self.n_heads: int = usual_heads(text, name)
         """Query heads, as its config says for the whole of it: layers may have others, see `heads`."""
         self.hidden_size: int = text.hidden_size
         self.vocab_size: int = cast(Any, model.get_output_embeddings()).weight.shape[0]
@@ -113,51 +114,26 @@ class HookedModel:
         """Whether the family calls raymi's attention function; if not, its masks are edited."""
         self.head_shapes: dict[int, HeadShape] = dict(self.tap.shapes)
         """Layer -> the heads that its attention really has; empty where the family computes its attention itself."""
-        self.heads_by_layer: tuple[int, ...] | None = self._heads_by_layer(text)
+        self.heads_by_layer: tuple[int, ...] | None = heads_by_layer(
+            text, self.n_layers, self.n_heads, self.head_shapes
+        )
         """Query heads of each layer, where not all have `n_heads`."""
-        self.shape: Shape = self._shape(text)
+        self.shape: Shape = largest(
+            text,
+            Heads(self.n_heads, self.heads_by_layer),
+            self.head_shapes,
+            hidden_size=self.hidden_size,
+            vocab_size=self.vocab_size,
+            itemsize=self.dtype.itemsize,
+            n_layers=self.n_layers,
+        )
         layers = decoder_layers(model, self.n_layers, self._probe)
         self.backbone: nn.Module = backbone(model, layers, self._probe)
         """What the model calls to get the hidden states that it unembeds."""
         self.blocks: list[Block] = blocks(layers, self._attention_of(layers).__getitem__, self._probe)
-        self.tells_closed: bool = self.dispatches or self._shows_its_masks(text)
-        """Whether edges that the model's own mask has closed can be told from others."""
-
-    def _heads_by_layer(self, config: object) -> tuple[int, ...] | None:
-        said = of_layers(
-            config, self.n_layers, "num_attention_heads_per_layer", "num_attention_heads", "num_query_heads"
-        )
-        found = [
-            self.head_shapes[layer].n_heads if layer in self.head_shapes else said[layer] or self.n_heads
-            for layer in range(self.n_layers)
-        ]
-        return None if set(found) == {self.n_heads} else tuple(found)
-
-    def _shape(self, config: object) -> Shape:
-        """The largest of each thing that any layer has."""
-        inner = next(
-            (found[-1] for name in _INNER if (found := values(config, self.n_layers, name))), 4 * self.hidden_size
-        )
-        n_heads = max(self.heads_by_layer or (self.n_heads,))
-        width = max(values(config, self.n_layers, "head_dim"), default=self.hidden_size // n_heads)
-        n_key_heads = max(values(config, self.n_layers, "num_key_value_heads"), default=n_heads)
-        keys = [shape.n_key_heads * max(shape.width, shape.value_width) for shape in self.head_shapes.values()]
-        return Shape(
-            n_heads=n_heads,
-            hidden_size=self.hidden_size,
-            intermediate_size=inner,
-            vocab_size=self.vocab_size,
-            itemsize=self.dtype.itemsize,
-            n_layers=self.n_layers,
-            key_width=max([n_key_heads * width, *keys]),
-        )
-
-    def _shows_its_masks(self, config: object) -> bool:
-        """Whether a family that computes its attention itself has no window, or has it in masks that can be seen."""
-        if not any(values(config, self.n_layers, name) for name in REACHES):
-            return True
         attention = [block.attention for block in self.blocks if block.attention is not None]
-        return all(masks_of(module) for module in attention)
+        self.tells_closed: bool = self.dispatches or shows_its_masks(text, self.n_layers, attention)
+        """Whether edges that the model's own mask has closed can be told from others."""
 
     # -- finding one's way -------------------------------------------------------------------------------------------
 
@@ -193,6 +169,11 @@ class HookedModel:
     def heads(self, layer: int) -> int:
         """Query heads of a layer; of one without attention, what its config says."""
         return self.n_heads if self.heads_by_layer is None else self.heads_by_layer[layer]
+
+    @property
+    def all_heads(self) -> Heads:
+        """Query heads of all layers."""
+        return Heads(self.n_heads, self.heads_by_layer)
 
     @property
     def attention_layers(self) -> list[int]:
@@ -479,23 +460,11 @@ class HookedModel:
         return f"{self.name}: NaN or infinity in {n_rows} of {len(ids_BT)} rows; {where}"
 
 
-_INNER = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
-"""What configs call how wide an MLP is."""
-
-
 def _device(model: PreTrainedModel) -> torch.device:
     embedding = model.get_input_embeddings()
     # Where accelerate moves the weights to that it keeps elsewhere between forwards.
     moved_to = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
     return cast(Any, embedding).weight.device if moved_to is None else torch.device(moved_to)
-
-
-def _heads(config: object, name: str) -> int:
-    """Query heads of the model: some configs have none."""
-    n_heads = whole(config, "num_attention_heads")
-    if not isinstance(n_heads, int):
-        raise NoSuchPlace(f"{name} has no attention heads: its config gives num_attention_heads as {n_heads}")
-    return n_heads
 
 
 def _takes_a_mask(layer: nn.Module) -> nn.Module | None:

@@ -104,6 +104,7 @@ def test_json_holds_everything_untruncated(tmp_path: Path) -> None:
         "weight_files": ["model.safetensors"],
         "needs_remote_code": False,
         "pickle_only": False,
+        "heads_by_layer": None,
         "attention_layers": None,
         "not_built": [],
         "runnable": True,

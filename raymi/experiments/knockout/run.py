@@ -7,6 +7,7 @@ import torch
 
 from raymi.experiments.effects import Columns, measure, only
 from raymi.experiments.knockout.spec import SCHEMA, Ablation, ablation_id
+from raymi.heads import Heads
 from raymi.model.engine import Engine
 from raymi.model.full import Batch
 from raymi.model.hooked import Cell
@@ -55,7 +56,7 @@ def run(
             "model_id": [model_id] * len(rows),
             "revision": [revision] * len(rows),
             "dtype": [dtype] * len(rows),
-            **_asked(rows, model_id, engine.model.n_heads),
+            **_asked(rows, model_id, engine.model.all_heads),
         }
 
     return measure(engine, ids_PT, cells, prompts_A, about, schema=SCHEMA, top_k=top_k)
@@ -66,13 +67,13 @@ def masks(ablation: Ablation) -> tuple[Mask, ...]:
     return tuple(Mask(layer, ablation.heads, ablation.edges) for layer in ablation.layers)
 
 
-def _asked(rows: Sequence[tuple[TokenizedPrompt, Ablation]], model_id: str, n_heads: int) -> Columns:
+def _asked(rows: Sequence[tuple[TokenizedPrompt, Ablation]], model_id: str, heads: Heads) -> Columns:
     """What was cut, in full and, where there is just one of it, by itself."""
     columns: Columns = {name: [] for name in _ASKED}
     for prompt, ablation in rows:
         queries, keys = [q for q, _ in ablation.edges], [k for _, k in ablation.edges]
         values = (
-            ablation_id(model_id, prompt.token_ids, ablation, n_heads),
+            ablation_id(model_id, prompt.token_ids, ablation, heads),
             prompt.prompt.id,
             len(prompt.token_ids),
             *(ablation.layers, ablation.heads, queries, keys),

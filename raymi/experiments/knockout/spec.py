@@ -17,6 +17,7 @@ from raymi.errors import UserError
 from raymi.experiments.axes import Axis, Head, Layer, Position, Window, pieces_of, positions
 from raymi.experiments.columns import EFFECTS, HOW
 from raymi.fields import Fields, Names, NotEmpty, problem
+from raymi.heads import Heads, as_heads
 from raymi.prompts import TokenizedPrompt
 
 
@@ -90,13 +91,12 @@ def _surely_after(key: Position, query: Position) -> bool:
     return k > q if (k < 0) == (q < 0) else (q, k) == (0, -1)
 
 
-def check(spec: KnockoutSpec, n_layers: int, n_heads: int, attention: Sequence[int] | None = None) -> None:
+def check(spec: KnockoutSpec, n_layers: int, heads: int | Heads, attention: Sequence[int] | None = None) -> None:
     """Whether a model of so many layers and heads has what the experiment names; UserError with what it has not.
 
     `attention` is the layers that have attention, ascending; None: all.
     """
-    _layer_groups(spec, n_layers, attention)
-    _head_groups(spec, n_heads)
+    _cuts(spec, n_layers, as_heads(heads), attention)
 
 
 def confirm_layers(spec: KnockoutSpec, n_layers: int, planned: Sequence[int] | None, found: Sequence[int]) -> None:
@@ -125,8 +125,36 @@ def confirm_layers(spec: KnockoutSpec, n_layers: int, planned: Sequence[int] | N
         )
 
 
+def confirm_heads(spec: KnockoutSpec, n_layers: int, attention: Sequence[int], planned: Heads, found: Heads) -> None:
+    """Whether the layers that the experiment cuts have as many heads as it was planned with.
+
+    Args:
+        spec: the experiment.
+        n_layers: how many layers the model has.
+        attention: those that have attention, ascending.
+        planned: heads as its config.json was understood.
+        found: heads of the loaded model.
+
+    Raises:
+        UserError: a layer has others.
+    """
+    cut = {layer for group in _layer_groups(spec, n_layers, attention) for layer in group}
+    wrong = [layer for layer in sorted(cut) if planned.of(layer) != found.of(layer)]
+    if wrong:
+        layer = wrong[0]
+        raise UserError(
+            f"experiment {spec.name!r}: heads: config.json was understood to say that layer {layer} has "
+            f"{planned.of(layer)} heads, but in the loaded model it has {found.of(layer)}",
+            hint="Name other layers for this model, and please report it to raymi with the config.json.",
+        )
+
+
 def ablations(
-    spec: KnockoutSpec, prompt: TokenizedPrompt, n_layers: int, n_heads: int, attention: Sequence[int] | None = None
+    spec: KnockoutSpec,
+    prompt: TokenizedPrompt,
+    n_layers: int,
+    heads: int | Heads,
+    attention: Sequence[int] | None = None,
 ) -> list[Ablation]:
     """Every ablation of one prompt, none twice, ordered by (first query, layers, heads, edges).
 
@@ -134,31 +162,30 @@ def ablations(
         spec: the experiment.
         prompt: as the model reads it.
         n_layers: how many layers the model has.
-        n_heads: how many query heads each has.
+        heads: how many query heads each has.
         attention: the layers that have attention, ascending; None: all.
 
     Raises:
         UserError: the model lacks a layer or head, or the layer attention, or the prompt a position, or a key stands
             after its query.
     """
-    layer_groups, head_groups = _layer_groups(spec, n_layers, attention), _head_groups(spec, n_heads)
+    cuts = _cuts(spec, n_layers, as_heads(heads), attention)
     return [
-        Ablation(layers, heads, edges)
+        Ablation(layers, its_heads, edges)
         for _, at_query in groupby(_edge_groups(spec, prompt), key=lambda edges: edges[0][0])
         for group in [list(at_query)]
-        for layers in layer_groups
-        for heads in head_groups
+        for layers, its_heads in cuts
         for edges in group
     ]
 
 
-def ablation_id(model_id: str, token_ids: Sequence[int], ablation: Ablation, n_heads: int) -> str:
+def ablation_id(model_id: str, token_ids: Sequence[int], ablation: Ablation, heads: int | Heads) -> str:
     """16 hexadecimal digits that name the cell in every run, revision and dtype.
 
     All heads, whether listed or None, are the same cell.
     """
-    heads = None if ablation.heads is None or len(set(ablation.heads)) == n_heads else sorted(set(ablation.heads))
-    cell = [sorted(set(ablation.layers)), heads, sorted(set(ablation.edges))]
+    named = as_heads(heads).named(ablation.layers, ablation.heads)
+    cell = [sorted(set(ablation.layers)), named, sorted(set(ablation.edges))]
     name = _named_prompt(model_id, tuple(token_ids)).copy()
     name.update(b"," + json.dumps(cell, separators=(",", ":"))[1:].encode())
     return name.hexdigest()[:16]
@@ -213,21 +240,50 @@ def _listed(layers: Sequence[int]) -> str:
     return ", ".join(map(str, layers))
 
 
-def _head_groups(spec: KnockoutSpec, n_heads: int) -> list[tuple[int, ...] | None]:
+Cut = tuple[tuple[int, ...], tuple[int, ...] | None]
+"""Layers, and which heads of each of them (None: all)."""
+
+
+def _cuts(spec: KnockoutSpec, n_layers: int, heads: Heads, attention: Sequence[int] | None) -> list[Cut]:
+    """Layers and heads of every measurement, none twice."""
+    groups = _layer_groups(spec, n_layers, attention)
+    return list(dict.fromkeys(cut for layers in groups for cut in _cuts_of(spec, layers, heads)))
+
+
+def _cuts_of(spec: KnockoutSpec, layers: tuple[int, ...], heads: Heads) -> Iterable[Cut]:
+    """Of layers that are cut together. Where they do not have as many heads each, `all` are those of each; taken each,
+    a head is cut in those layers that have it.
+    """
     if spec.heads.together == ("all",):
-        return [None]
+        return [(layers, None)]
+    numbers = {layer: heads.of(layer) for layer in layers}
+    if spec.heads.elements == ("all",):
+        every = range(max(numbers.values()))
+        return [(tuple(layer for layer in layers if head < numbers[layer]), (head,)) for head in every]
 
     def resolve(head: Head) -> Iterable[int]:
-        return range(n_heads) if head == "all" else (_index(head, n_heads, spec, "heads"),)
+        assert isinstance(head, int)
+        found = {_head(head, layer, numbers[layer], heads, spec) for layer in layers}
+        if len(found) > 1:
+            raise UserError(
+                f"experiment {spec.name!r}: heads: {head} is another head in each of the layers {_listed(layers)}, "
+                f"which are cut together and have {_listed(list(numbers.values()))} heads",
+                hint="Count the heads from 0, or cut the layers each.",
+            )
+        return found
 
-    return [*spec.heads.groups(resolve)]
+    return [(layers, chosen) for chosen in spec.heads.groups(resolve)]
 
 
-def _index(index: int, size: int, spec: KnockoutSpec, field: Literal["layers", "heads"]) -> int:
+def _head(index: int, layer: int, size: int, heads: Heads, spec: KnockoutSpec) -> int:
+    return _index(index, size, spec, "heads", "the model" if heads.by_layer is None else f"layer {layer}")
+
+
+def _index(index: int, size: int, spec: KnockoutSpec, field: Literal["layers", "heads"], of: str = "the model") -> int:
     if not -size <= index < size:
         raise UserError(
             f"experiment {spec.name!r}: {field}: {index} is out of range: "
-            f"the model has {size} {field} (0 to {size - 1}, or -{size} to -1)"
+            f"{of} has {size} {field} (0 to {size - 1}, or -{size} to -1)"
         )
     return index % size
 

@@ -48,7 +48,7 @@ def verify(engine: Engine, drawn: Drawn, *, model_id: str, revision: str) -> lis
             found = beside_full(engine, batch.ablated_AV[row], full_V, clean[prompt.token_ids], batch.way)
         records.append(
             {
-                "ablation_id": ablation_id(model_id, prompt.token_ids, ablation, engine.model.n_heads),
+                "ablation_id": ablation_id(model_id, prompt.token_ids, ablation, engine.model.all_heads),
                 "model_id": model_id,
                 "revision": revision,
                 "prompt_id": prompt.prompt.id,

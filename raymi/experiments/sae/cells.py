@@ -96,7 +96,7 @@ def added(model: HookedModel, ref: SaeRef, sae: SAE, positions: tuple[int, ...],
     if site != "attn.hook_z":
         return add(layer, site, positions, vector)
     if sae.about.head is None:
-        return add(layer, site, positions, vector.unflatten(-1, (model.n_heads, -1)))
+        return add(layer, site, positions, vector.unflatten(-1, (model.heads(layer), -1)))
     return add(layer, site, positions, vector[..., None, :], (sae.about.head,))
 
 

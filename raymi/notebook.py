@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from raymi import catalog
+from raymi import answers, catalog
 from raymi.catalog import CachedModel
 from raymi.errors import UserError
 from raymi.experiments import sweep
@@ -34,6 +34,7 @@ from raymi.model.metrics import Comparison, Effects
 from raymi.plan import units
 from raymi.prompts import Bos, Prompt, TokenizedPrompt, tokenize
 from raymi.tokenizer import load_tokenizer, token_texts
+from raymi.vocabulary import check_loaded
 
 if TYPE_CHECKING:
     import altair as alt
@@ -352,6 +353,7 @@ class Model:
         ]
         self._warn_of_full()
         frame = _with_texts(pa.concat_tables(tables), self.tokenizer, read.tokens, ("query", "key"))
+        self._warn_of_answer(read, frame, chat_template=chat_template)
         asked = [ablation for unit in work for _, ablations in unit.of(Ablation) for ablation in ablations]
         return Knockouts(read, _in_order(frame, asked), torch.cat(keeping.units) if keep_logits else None)
 
@@ -407,6 +409,7 @@ class Model:
         )
         self._warn_of_full()
         frame = _with_texts(table, self.tokenizer, read.tokens, ("position",))
+        self._warn_of_answer(read, frame, chat_template=chat_template)
         return Sweep(read, frame, torch.cat(keeping.units) if keep_logits else None)
 
     def _read(self, job: Job) -> TokenizedPrompt:
@@ -442,7 +445,16 @@ class Model:
         )
         reasons.clear()
 
+    def _warn_of_answer(self, read: TokenizedPrompt, frame: pl.DataFrame, *, chat_template: bool) -> None:
+        """Says so when an answer is unlikely, and probably because its blank is missing."""
+        rank, prob = frame["answer_rank_clean"][0], frame["answer_prob_clean"][0]
+        if rank is not None and not chat_template and answers.runs_on(read.prompt.text, read.prompt.answer):
+            said = answers.warning([answers.Answer(read.prompt, rank, prob)])
+            if said:
+                warnings.warn(f"{self.id}: {said}", stacklevel=3)  # where `knockout` or `sweep` was called
+
     def _fits(self, prompt: TokenizedPrompt) -> TokenizedPrompt:
+        check_loaded(self.id, prompt, self.hooked)
         context = self.cached.context
         if context is not None and len(prompt.token_ids) > context:
             raise UserError(f"{self.id}: {len(prompt.token_ids)} tokens are more than its context of {context}")

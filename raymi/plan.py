@@ -37,7 +37,7 @@ from raymi.model.sizes import (
     row_bytes,
     rows_per_batch,
 )
-from raymi.prompts import TokenizedPrompt
+from raymi.prompts import TokenizedPrompt, fingerprint
 
 UNIT_VERSION = 1
 """Raised when rows of the same unit would mean something else, so that they are measured again."""
@@ -65,6 +65,8 @@ class Unit:
     """(prompt id, what is measured of it), prompts of equal token length only; work of one kind only."""
     flops: int
     """Arithmetic by the causal cone (by full forwards where the job asks for those), for planning and progress."""
+    tokens: str = ""
+    """Hash of what its prompts were when it was planned (`prompts.fingerprint`); empty: not compared."""
 
     @property
     def n_ablations(self) -> int:
@@ -219,7 +221,7 @@ def units(
             _fits(prompt, model)
             by_length.setdefault(len(prompt.token_ids), []).append(prompt)
     about = [UNIT_VERSION, model.id, model.revision, job.dtype, spec.canonical]
-    if isinstance(spec, KnockoutSpec) or spec.measure in ("injection", "ablation"):
+    if asks_for_answers(spec):
         about.append(job.top_k)
     cut: list[Unit] = []
     for n_tokens, bucket in sorted(by_length.items()):
@@ -228,6 +230,11 @@ def units(
         work = ((prompt, _work(spec, prompt, model, saes)) for prompt in bucket)
         cut += [_unit(about, spec.name, block, price, model.heads) for block in _blocks(work, rule, price)]
     return cut
+
+
+def asks_for_answers(spec: Spec) -> bool:
+    """Whether an experiment looks at the next token after a prompt."""
+    return isinstance(spec, KnockoutSpec) or spec.measure in ("injection", "ablation")
 
 
 def _work(spec: Spec, prompt: TokenizedPrompt, model: CachedModel, saes: Sequence[SaeRef]) -> Sequence[Work]:
@@ -287,6 +294,7 @@ def _unit(about: Sequence[object], experiment: str, block: Block, price: "_Price
         experiment=experiment,
         items=tuple((prompt.prompt.id, part) for prompt, part in block),
         flops=len(block) * price.clean + sum(price.measured(each) for _, part in block for each in part),
+        tokens=fingerprint(prompt for prompt, _ in block),
     )
 
 

@@ -1,7 +1,9 @@
 """Prompts: as written by people, and as a model's tokenizer reads them."""
 
-from collections.abc import Collection, Mapping, Sequence
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Literal, NamedTuple, Protocol
 
 from raymi.errors import UserError
@@ -44,6 +46,12 @@ class TokenizedPrompt:
     pieces: dict[str, tuple[int, ...]]
     """Positions, ascending, of the tokens that overlap the first occurrence of a piece of the text, by its name (see
     `Prompt.piece`): those pieces that were asked for and are there."""
+
+
+def fingerprint(prompts: Iterable[TokenizedPrompt]) -> str:
+    """A hash of what is measured of prompts, in their order: their tokens, and the answers' first tokens."""
+    measured = [[each.token_ids, each.answer_id, each.wrong_id] for each in prompts]
+    return sha256(json.dumps(measured).encode()).hexdigest()[:16]
 
 
 class Tokenizer(Protocol):
@@ -146,17 +154,33 @@ def tokenize(
 
 
 def display(tokenizer: Tokenizer, token_ids: Sequence[int]) -> tuple[str, ...]:
-    """One readable string a token id: its text with its leading blank, or the tokenizer's name for what is no text."""
-    names: list[str] = [str(name) for name in tokenizer.convert_ids_to_tokens(list(token_ids))]
-    texts: list[str] = [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in token_ids]
-    return tuple(_display(name, text) for name, text in zip(names, texts, strict=True))
+    """One readable string a token id.
+
+    It is the token's text with its leading blank, or the tokenizer's name for what is no text, or `<id>` where the
+    tokenizer has no such token: vocabularies have gaps, and a model may have more rows than its tokenizer has tokens.
+    """
+    return tuple(_display(tokenizer, token) for token in token_ids)
 
 
-def _display(name: str, text: str) -> str:
+def _display(tokenizer: Tokenizer, token: int) -> str:
+    try:
+        [found] = tokenizer.convert_ids_to_tokens([token])
+        text: str = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    except Exception:  # asked for an id that is none, tokenizers raise whatever they like
+        found, text = None, ""
+    # Some that are written in Python call an id that they do not have the unknown token, which has another id.
+    unknown = getattr(tokenizer, "unk_token", None), getattr(tokenizer, "unk_token_id", None)
+    if found is None or (found == unknown[0] and token != unknown[1]):
+        return f"<{token}>"
+    name = str(found)
     if not text or "\N{REPLACEMENT CHARACTER}" in text:
         return name
     # Decoding takes the blank that "\u2581" stands for away from the first word of a text.
     return f" {text}" if name.startswith("\u2581") and not text.startswith(" ") else text
+
+
+_MOMENTS = 3
+"""How often a template is asked in which the time goes on meanwhile."""
 
 
 def _chat(prompt: Prompt, tokenizer: Tokenizer, model: str) -> _Source:
@@ -164,12 +188,22 @@ def _chat(prompt: Prompt, tokenizer: Tokenizer, model: str) -> _Source:
         turns = [{"role": "user", "content": content}]
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
+    text, start, steady = "", 0, False
     try:
-        text = render(prompt.text)
-        # Where the text begins is seen from a text that occurs nowhere else; a template may strip blanks.
-        start = render("\ue000").index("\ue000")
+        for _ in range(_MOMENTS):
+            text = render(prompt.text)
+            # Where the text begins is seen from a text that occurs nowhere else; a template may strip blanks.
+            start = render("\ue000").index("\ue000")
+            # A template may write the time, which must not go on between the two: what comes before has its length.
+            if steady := render(prompt.text) == text:
+                break
     except Exception as error:  # a template is a program, and may raise anything
         raise UserError(f"{model}: its chat template cannot be used: {error}") from error
+    if not steady:
+        raise UserError(
+            f"{model}: its chat template writes something else each time it is asked, so where prompt {prompt.id!r} "
+            "stands in it cannot be told"
+        )
     if text.startswith(prompt.text, start):
         return _Source(text, start)
     if text.startswith(prompt.text.strip(), start):

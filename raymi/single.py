@@ -13,6 +13,7 @@ from raymi.plan import Unit, units
 from raymi.prompts import Prompt, TokenizedPrompt, tokenize
 from raymi.store.manifest import hardware, versions
 from raymi.tokenizer import load_tokenizer, token_texts
+from raymi.vocabulary import check_ids, check_loaded
 
 if TYPE_CHECKING:
     from raymi.model.hooked import HookedModel
@@ -50,6 +51,7 @@ def measure(
 
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     [read] = tokenize(job.prompts, tokenizer, bos=job.bos, chat_template=False, pieces=job.pieces, model_id=model.id)
+    check_ids(model.id, read, model.vocab_size, model.vocab_size)
     unit = _unit(job, model, read)
     loaded = load(
         model.path,
@@ -61,6 +63,7 @@ def measure(
         allow_unused=allow_unused,
         longest=len(read.token_ids),
     )
+    check_loaded(model.id, read, loaded.model)
     return {
         **_about_model(model, loaded),
         **_about_prompt(read),

@@ -31,8 +31,6 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def token_texts(tokenizer: Any, token_ids: Iterable[int]) -> dict[int, str]:
-    """The readable text of every id. A head may be wider than the vocabulary: such an id is named by its number."""
-    wanted = set(token_ids)
-    known = sorted(token for token in wanted if token < len(tokenizer))
-    texts = {token: f"<{token}>" for token in sorted(wanted)}
-    return {**texts, **dict(zip(known, display(tokenizer, known), strict=True))}
+    """The readable text of every id (`prompts.display`), the lowest first."""
+    wanted = sorted(set(token_ids))
+    return dict(zip(wanted, display(tokenizer, wanted), strict=True))

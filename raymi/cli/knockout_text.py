@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len, set_cell_size
 
+from raymi.answers import runs_on, unlikely
 from raymi.catalog import CachedModel
 from raymi.cli.text import count, size, table
 
@@ -154,8 +155,9 @@ def _notes(record: "Record") -> list[tuple[str, str]]:
     notes: list[tuple[str, str]] = []
     answer, top = record["answer"], record["clean_top"]
     if answer is not None and answer["token_id"] not in [each["token_id"] for each in top]:
-        missing = f"{quoted(answer['token'])} is not among the {len(top)} most likely tokens of the clean prompt."
-        notes.append(("warning", missing))
+        notes.append(("warning", unlikely(f"{quoted(answer['token'])} is", len(top)) + "."))
+        if runs_on(record["prompt"], answer["text"]):
+            notes.append(("warning", f"{quoted(answer['text'])} begins without the blank that stands before a word."))
     for name in ("answer", "wrong"):
         target = record[name]
         if target is not None and len(target["pieces"]) > 1:

@@ -1,5 +1,6 @@
 """`raymi report`: a run's results as tables."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import fill
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     import polars as pl
 
     from raymi.report.tables import Report
+
+PROMPTS_SAID = 3
+"""Of the prompts that a model can never measure, so many are said in full."""
 
 
 @click.command()
@@ -217,8 +221,16 @@ def _failures(failures: "pl.DataFrame", width: int) -> Iterator[str]:
 
     by = ["model_id", "stage", "kind", "message"]
     alike = failures.group_by(by, maintain_order=True).agg(pl.len().alias("n"), pl.col("attempts").max())
+    of_prompts: Counter[str] = Counter()
     for failure in alike.iter_rows(named=True):
+        if failure["stage"] == "prompt":
+            of_prompts[failure["model_id"]] += 1
+            if of_prompts[failure["model_id"]] > PROMPTS_SAID:
+                continue
         yield fill(_failure(failure), width or 10_000, initial_indent="  ", subsequent_indent="    ")
+    for model, n in of_prompts.items():
+        if n > PROMPTS_SAID:
+            yield f"  {model}: prompt: ... and {n - PROMPTS_SAID:,} more that cannot be measured"
 
 
 def _failure(failure: dict[str, Any]) -> str:

@@ -110,12 +110,23 @@ def run_job(job: "Job", written: str, how: How) -> int:
         unused=frozenset(how.allow_unused),
         download=how.download,
     )
+    _warn_of_answers(job)
     order = Order(job, written, _run_name(store, job, new=how.new), cache, how.address, how.inline)
     if how.dry_run:
         return _rehearse(order, store)
     result = sweep(order, store)
     _show(order, store, how.store_uri, result)
     return _exit_code(result)
+
+
+def _warn_of_answers(job: "Job") -> None:
+    """Says of answers that run on from their prompts' last words, before anything is measured."""
+    from raymi.answers import without_blank
+
+    # Behind a chat template an answer begins the model's turn, where no blank stands.
+    said = None if job.chat_template else without_blank(job.prompts)
+    if said:
+        click.echo(f"warning: {said}", err=True)
 
 
 def _job(path: Path, sets: Sequence[str], given: dict[str, str], models: Sequence[str]) -> "Job":

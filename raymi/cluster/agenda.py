@@ -1,25 +1,27 @@
 """What a run still has to do: the units of its models that are not in the store."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import polars as pl
 
 from raymi.catalog import CachedModel
 from raymi.cluster.feeding import holds
+from raymi.cluster.reading import lacking
 from raymi.cluster.tokenised import from_rows
 from raymi.cluster.worker import Failed, failure
 from raymi.errors import UserError
 from raymi.experiments.sae.resolve import Record, is_current, latest, refs
 from raymi.fed import fed_id, plain_id
-from raymi.job import Job
-from raymi.plan import CutRule, Saes, Unit, full_forward_flops, units
+from raymi.job import Job, Spec
+from raymi.plan import CutRule, Saes, Unit, asks_for_answers, full_forward_flops, units
 from raymi.prompts import Prompt, TokenizedPrompt
 from raymi.store.layout import slug
 from raymi.store.manifest import Manifest
 from raymi.store.reader import Store
 from raymi.store.schemas import UNIT_TABLES
+from raymi.vocabulary import check_ids
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,7 +41,7 @@ class Known:
         # The chunks of a corpus come into the store all at once, as do the autoencoders of an experiment.
         found = {row["experiment"] for row in self.saes}
         return (
-            all(prompt.id in self.prompts for prompt in job.prompts)
+            all(prompt.id in self.prompts and not lacking(job, self.prompts[prompt.id]) for prompt in job.prompts)
             and all(any(map(corpus.holds, self.prompts)) for corpus in job.corpora)
             and all(spec.name in found for spec in job.sae_experiments)
             and all(map(is_current, self.saes))
@@ -74,14 +76,17 @@ class Agenda:
     ) -> None:
         self.job, self.former, self.models = job, former, dict(models)
         self._generations, self._rule, self._done = manifest.generations, CutRule(**manifest.cut_rule), done
-        self._wanted = {prompt.id for prompt in job.prompts}
-        self._saes = {key: known.saes for key, known in stored.items()}
+        self.prompts = {prompt.id: prompt for prompt in job.prompts}
+        self._known = dict(stored)
         self.before: dict[str, int] = {}
         """Ablations that were in the store when the command began, by key."""
         self.units: dict[str, list[Unit]] = {}
         """What is left to measure, of the models whose prompts the store knows."""
         self.refused: dict[str, Failed] = {}
         """Models that their own prompts forbid."""
+        self.unfit: dict[str, list[Failed]] = {}
+        """By key, prompts that a model can never measure, each with its `prompt_id`. They are in no unit, and the
+        others are in the units that they would be in without them."""
         for key, model in self.models.items():
             known = stored.get((model.id, model.revision), Known())
             if known.suffices(job):
@@ -94,7 +99,7 @@ class Agenda:
     @property
     def finished(self) -> bool:
         """Whether every unit of every model is in the store: there is no need to start anything."""
-        return not self.refused and not self.needs_replicas
+        return not self.refused and not any(self.unfit.values()) and not self.needs_replicas
 
     @property
     def needs_replicas(self) -> bool:
@@ -117,19 +122,31 @@ class Agenda:
 
     def pinned(self, model: CachedModel) -> Sequence[Record]:
         """Rows of table `saes`: what experiments use on a model, as far as that is known by now."""
-        return self._saes.get((model.id, model.revision), ())
+        return self._of(model).saes
+
+    def known(self, model: CachedModel) -> Sequence[TokenizedPrompt]:
+        """What is measured on a model, as far as that is known by now: no replica is to read it otherwise."""
+        return list(self._of(model).prompts.values())
+
+    def _of(self, model: CachedModel) -> Known:
+        return self._known.get((model.id, model.revision), Known())
 
     def plan(self, key: str, tables: "Mapping[str, pa.Table]") -> list[Unit] | Failed:
         """What is left to measure of a model of which a replica has given the rows of tables `prompts` and `saes`."""
         model = self.models[key]
         prompts = {prompt.prompt.id: prompt for prompt in from_rows(tables["prompts"].to_pylist())}
         known = Known(prompts, tables["saes"].to_pylist())
-        self._saes[model.id, model.revision] = known.saes
+        self._known[model.id, model.revision] = known
         return self._left(key, model, known)
 
     def _left(self, key: str, model: CachedModel, known: Known) -> list[Unit] | Failed:
         try:
             saes = refs(known.saes)
+            self.unfit[key] = [
+                replace(why, prompt_id=prompt_id)
+                for prompt_id, prompt in known.prompts.items()
+                if self._is_wanted(prompt_id) and (why := self._why_unfit(model, prompt))
+            ]
             usable = self._usable(model, known.prompts, saes)
             cut = [
                 unit
@@ -160,7 +177,7 @@ class Agenda:
         return any(corpus.holds(plain_id(prompt_id)[0]) for corpus in self.job.corpora)
 
     def _is_wanted(self, prompt_id: str) -> bool:
-        return plain_id(prompt_id)[0] in self._wanted or self._is_chunk(prompt_id)
+        return plain_id(prompt_id)[0] in self.prompts or self._is_chunk(prompt_id)
 
     def _usable(
         self, model: CachedModel, prompts: Mapping[str, TokenizedPrompt], saes: Saes
@@ -178,8 +195,29 @@ class Agenda:
         return [
             unit
             for spec in self.job.experiments
-            for unit in units(self.job, spec, model, prompts, self._rule, saes.get(spec.name, ()))
+            for unit in units(
+                self.job,
+                spec,
+                model,
+                [each for each in prompts if not _why_unfit(model, spec, each)],
+                self._rule,
+                saes.get(spec.name, ()),
+            )
         ]
+
+    def _why_unfit(self, model: CachedModel, prompt: TokenizedPrompt) -> Failed | None:
+        """Why an experiment that chooses a prompt can never measure it on a model."""
+        choosing = (spec for spec in self.job.experiments if self.job.chooses(spec, prompt.prompt.id))
+        return next(filter(None, (_why_unfit(model, spec, prompt) for spec in choosing)), None)
+
+
+def _why_unfit(model: CachedModel, spec: Spec, prompt: TokenizedPrompt) -> Failed | None:
+    size = model.vocab_size
+    try:
+        check_ids(model.id, prompt, size, size, answers=asks_for_answers(spec))
+    except UserError as error:
+        return failure(error)
+    return None
 
 
 def _all_fed(generation: Sequence[str]) -> list[str]:
@@ -192,7 +230,8 @@ def stored(store: Store, run: str) -> Stored:
     found: Stored = {}
     rows = store.scan("prompts", run).select(pl.exclude("run", "model")).collect()
     for row, prompt in zip(rows.iter_rows(named=True), from_rows(rows.iter_rows(named=True)), strict=True):
-        found.setdefault((row["model_id"], row["revision"]), Known()).prompts[prompt.prompt.id] = prompt
+        # The first row wins: what was measured first is what is measured.
+        found.setdefault((row["model_id"], row["revision"]), Known()).prompts.setdefault(prompt.prompt.id, prompt)
     for row in store.scan("saes", run).select(pl.exclude("run", "model")).collect().iter_rows(named=True):
         found.setdefault((row["model_id"], row["revision"]), Known()).saes.append(row)
     for known in found.values():

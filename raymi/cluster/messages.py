@@ -120,8 +120,9 @@ class Backend(Protocol):
 
 # What the driver is told
 
-Stage = Literal["plan", "load", "unit", "replica"]
-"""Where something failed: reading the prompts or cutting units, loading, measuring, or the process itself."""
+Stage = Literal["plan", "prompt", "load", "unit", "replica"]
+"""Where something failed: reading the prompts or cutting units, one prompt alone, loading, measuring, or the process
+itself."""
 NoteKind = Literal["start", "loaded", "lost", "stop", "done"]
 
 Phase = Literal["waiting", "tokenising", "loading", "running", "done", "failed"]
@@ -138,7 +139,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """Something failed: a unit, or the whole model (`unit_id` None). Not `final`: it is tried again."""
+    """Something failed: a unit, a prompt, or the whole model (neither is named). Not `final`: it is tried again."""
 
     model: str
     stage: Stage

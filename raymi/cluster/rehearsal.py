@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from raymi.cluster.agenda import Agenda, done_units, stored
 from raymi.cluster.frozen import choose, freeze_prompts
+from raymi.cluster.runner import in_few_lines
 from raymi.cluster.sweep import Order, cut_rule, keys, worker
 from raymi.cluster.tokenised import from_rows
 from raymi.cluster.worker import Failed
@@ -46,6 +47,8 @@ def rehearse(order: Order, store: Store) -> Iterator[tuple[str, list[Unit] | Fai
         if isinstance(tables, Failed) or isinstance(left, Failed):
             yield key, left, None
             continue
+        for message in in_few_lines([why.message for why in agenda.unfit[key]]):
+            yield key, Failed(None, "UserError", message), None
         prompts = {prompt.prompt.id: prompt for prompt in from_rows(tables["prompts"].to_pylist())}
         yield key, left, estimate(order.job, model, left, prompts, rates) if left else None
 

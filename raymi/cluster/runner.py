@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Self
 
+from raymi.answers import Answer, warning
 from raymi.cluster.agenda import Agenda
 from raymi.cluster.messages import Backend, Note, Outcome, Rows, Trouble
 from raymi.cluster.progress import Display
@@ -75,6 +76,8 @@ def drive(
     record = _Record(run, agenda, display)
     scheduler = Scheduler(backend, clock, record.plan, agenda.guesses, agenda.units)
     record.take(Trouble(key, "plan", why, final=True) for key, why in agenda.refused.items())
+    for key in agenda.units:
+        record.unfit(key)
     deadline: float | None = None
     try:
         outcomes: Sequence[Outcome] = scheduler.step([])
@@ -92,6 +95,7 @@ def drive(
         display.update(scheduler.status())
     finally:
         scheduler.close()
+    record.doubt_answers()
     record.ending.interrupted = interrupts.received
     return record.ending
 
@@ -104,12 +108,24 @@ class _Record:
         self._run, self._agenda, self._display = run, agenda, display
         self._texts: dict[str, set[int]] = {}
         """Token ids, by model, whose text is in the store or on its way there."""
+        self._answers: dict[str, dict[str, Answer]] = {}
+        """By model and prompt."""
 
     def plan(self, key: str, tables: "Mapping[str, pa.Table]") -> Sequence[Unit] | Failed:
         """Keeps what a tokenizer has said and which autoencoders there are, and gives what is left to measure."""
         for table, rows in tables.items():
             self._run.add(table, self._agenda.slug(key), rows)
-        return self._agenda.plan(key, tables)
+        left = self._agenda.plan(key, tables)
+        self.unfit(key)
+        return left
+
+    def unfit(self, key: str) -> None:
+        """Keeps why a model can never measure some of its prompts, and says so, in few lines however many they are."""
+        unfit = self._agenda.unfit.get(key, ())
+        for why in unfit:
+            self._keep(Trouble(key, "prompt", why, final=True))
+        for line in in_few_lines([why.message for why in unfit]):
+            self._display.say(line)
 
     def take(self, outcomes: Iterable[Outcome]) -> None:
         for outcome in outcomes:
@@ -128,6 +144,23 @@ class _Record:
                 self._run.add(table, self._agenda.slug(rows.model), kept)
         if rows.unit:
             self.ending.ablations += rows.unit.n_ablations
+            self._look_at_answers(rows.model, rows.tables)
+
+    def _look_at_answers(self, key: str, tables: "Mapping[str, pa.Table]") -> None:
+        known, prompts = self._answers.setdefault(key, {}), self._agenda.prompts
+        for data in tables.values():
+            if _ANSWERS.issubset(data.column_names):
+                columns = (data[name].to_pylist() for name in ("prompt_id", "answer_rank_clean", "answer_prob_clean"))
+                for prompt_id, rank, prob in zip(*columns, strict=True):
+                    if rank is not None and prompt_id not in known and prompt_id in prompts:
+                        known[prompt_id] = Answer(prompts[prompt_id], rank, prob)
+
+    def doubt_answers(self) -> None:
+        """Says and keeps which answers each model would hardly give."""
+        for key, answers in self._answers.items():
+            if said := warning(list(answers.values())):
+                self._event(key, "answers", said)
+                self._display.say(f"{key}: warning: {said}")
 
     def _new_texts(self, key: str, data: "pa.Table") -> "pa.Table":
         """What the store need not be asked about: most units name tokens that others have named."""
@@ -138,6 +171,13 @@ class _Record:
         return data if all(mask) else data.filter(mask)  # Arrow takes no empty list for a mask
 
     def _trouble(self, trouble: Trouble) -> None:
+        self._keep(trouble)
+        failure = trouble.failure
+        what = f"unit {failure.unit_id}" if failure.unit_id else trouble.stage
+        again = "" if trouble.final else "; it is tried again"
+        self._display.say(f"{trouble.model}: {what}: {failure.kind}: {_first_line(failure.message)}{again}")
+
+    def _keep(self, trouble: Trouble) -> None:
         failure, model = trouble.failure, self._agenda.models[trouble.model]
         record = {
             "model_id": model.id,
@@ -149,32 +189,46 @@ class _Record:
             "traceback": failure.traceback or None,
             "attempt": trouble.attempt,
             "failed_at": datetime.now(UTC),
+            "prompt_id": failure.prompt_id,
         }
         self._run.add("failures", self._agenda.slug(trouble.model), schemas.rows("failures", [record]))
         if trouble.final:
             self.ending.failures.append(trouble)
-        what = f"unit {failure.unit_id}" if failure.unit_id else trouble.stage
-        again = "" if trouble.final else "; it is tried again"
-        self._display.say(f"{trouble.model}: {what}: {failure.kind}: {_first_line(failure.message)}{again}")
 
     def _note(self, note: Note) -> None:
-        model = self._agenda.models[note.model]
-        event = {
-            "model_id": model.id,
-            "revision": model.revision,
-            "kind": note.what,
-            "message": " ".join(filter(None, [_replica(note), note.detail])),
-            "happened_at": datetime.now(UTC),
-        }
-        self._run.add("events", self._agenda.slug(note.model), schemas.rows("events", [event]))
+        self._event(note.model, note.what, " ".join(filter(None, [_replica(note), note.detail])))
         if note.what == "lost":
             self._display.say(f"{note.model}: replica lost: {note.detail}")
         elif note.what == "done":
             self._run.flush()
 
+    def _event(self, key: str, kind: str, message: str) -> None:
+        model = self._agenda.models[key]
+        event = {
+            "model_id": model.id,
+            "revision": model.revision,
+            "kind": kind,
+            "message": message,
+            "happened_at": datetime.now(UTC),
+        }
+        self._run.add("events", self._agenda.slug(key), schemas.rows("events", [event]))
+
+
+_ANSWERS = {"prompt_id", "answer_rank_clean", "answer_prob_clean"}
+
 
 def _replica(note: Note) -> str:
     return "" if note.replica is None else f"replica {note.replica}"
+
+
+SAID = 3
+"""Of many messages of one kind, so many are said in full."""
+
+
+def in_few_lines(messages: Sequence[str]) -> list[str]:
+    """Messages of one kind, with a count in place of those beyond the first few."""
+    rest = len(messages) - SAID
+    return [*messages[:SAID], *([f"... and {rest:,} more prompts that cannot be measured"] if rest > 0 else [])]
 
 
 def _first_line(text: str) -> str:

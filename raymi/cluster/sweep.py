@@ -149,6 +149,7 @@ def worker(job: Job, agenda: Agenda, cache: Cache, model: CachedModel) -> Callab
         model,
         job,
         former=agenda.former,
+        known=agenda.known(model),
         pinned=agenda.pinned(model),
         cache_dir=cache.folder,
         trust_remote_code=model.id in cache.remote_code,

@@ -1,6 +1,5 @@
 """What one replica does, in whatever process it lives: tokenise, load one model, measure units. Never imports ray."""
 
-import contextlib
 import json
 import os
 import socket
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from raymi.catalog import CachedModel
 from raymi.cluster.feeding import feed
+from raymi.cluster.reading import check_tokens, read
 from raymi.cluster.testbed import testbed
 from raymi.cluster.tokenised import to_rows
 from raymi.errors import UserError
@@ -23,11 +23,12 @@ from raymi.experiments.knockout.spec import Ablation, Company, KnockoutSpec
 from raymi.experiments.sae.resolve import Record, check_unchanged, refs, renewed, resolve
 from raymi.experiments.sae.spec import SaeRef, SaeSpec
 from raymi.job import Job
-from raymi.plan import Unit, company, confirm, drawn
-from raymi.prompts import Prompt, TokenizedPrompt, tokenize
+from raymi.plan import Unit, asks_for_answers, company, confirm, drawn
+from raymi.prompts import Prompt, TokenizedPrompt
 from raymi.store import schemas
 from raymi.store.secret import scrub
 from raymi.tokenizer import load_tokenizer, special_ids, token_texts
+from raymi.vocabulary import check_loaded
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -63,6 +64,8 @@ class Failed:
     """The device had too little memory for even one row."""
     tables: "Mapping[str, pa.Table]" = field(default_factory=dict[str, Any])
     """Rows that say more, by table of the store."""
+    prompt_id: str | None = None
+    """The one prompt that the model can never measure; its others go on."""
 
 
 class Mismatch(Exception):
@@ -91,6 +94,7 @@ class Worker:
         model: the snapshot, with a path on this machine.
         job: the job.
         former: prompts that the run once had and the job has no longer; what of them cannot be read is left out.
+        known: prompts and chunks that the run has of this model already: what is measured, whatever the tokenizer says.
         pinned: rows of table `saes` that the run has of this model: what its experiments use from then on.
         cache_dir: the Hugging Face cache in which others are looked for; None: where Hugging Face keeps it.
         threads: what torch may use on the CPU; None leaves it to torch.
@@ -102,6 +106,7 @@ class Worker:
     model: CachedModel
     job: Job
     former: Sequence[Prompt] = ()
+    known: Sequence[TokenizedPrompt] = ()
     pinned: Sequence[Record] = ()
     cache_dir: Path | None = None
     threads: int | None = None
@@ -127,9 +132,10 @@ class Worker:
             Rows of the tables `prompts` and `saes`.
         """
         try:
-            prompts = self._read()
+            prompts = read(self.job, self.former, self.known, self._get_tokenizer(), model_id=self.model.id)
+            texts = {**{text.prompt.id: text for text in self.known}, **prompts}
             records, more = feed(
-                self.job, self._find(), prompts, self.former, self._get_tokenizer(), model_id=self.model.id
+                self.job, self._find(), texts, self.former, self._get_tokenizer(), model_id=self.model.id
             )
             prompts |= more
             rows = to_rows(self.model, list(prompts.values()), self._get_tokenizer())
@@ -175,16 +181,6 @@ class Worker:
         """Begin no further unit. May be called from another thread."""
         self._draining = True
 
-    def _read(self) -> dict[str, TokenizedPrompt]:
-        """Prompts and chunks of corpora as the model reads them, by id."""
-        prompts = self._tokenize(self.job.prompts)
-        for prompt in self.former:
-            with contextlib.suppress(UserError):
-                prompts += self._tokenize([prompt])
-        for corpus in self.job.corpora:
-            prompts += corpus.read(self._get_tokenizer(), bos=self.job.bos, model_id=self.model.id)
-        return {prompt.prompt.id: prompt for prompt in prompts}
-
     def _find(self) -> list[Record]:
         """The autoencoders of all experiments: those that the run has once found, and new ones of new experiments."""
         pinned = refs(self.pinned)
@@ -195,16 +191,6 @@ class Worker:
         others = bool(self.pinned) or any(isinstance(spec, KnockoutSpec) for spec in self.job.experiments)
         known = renewed(self.pinned, self.job.sae_experiments, self.model, cache_dir=self.cache_dir)
         return [*known, *resolve(new, self.model, cache_dir=self.cache_dir, others=others)]
-
-    def _tokenize(self, prompts: Sequence[Prompt]) -> list[TokenizedPrompt]:
-        return tokenize(
-            prompts,
-            self._get_tokenizer(),
-            bos=self.job.bos,
-            chat_template=self.job.chat_template,
-            pieces=self.job.pieces,
-            model_id=self.model.id,
-        )
 
     def _load(self) -> "Loaded":
         import torch
@@ -247,7 +233,7 @@ class Worker:
 
     def _measure_twice(self, engine: "Engine") -> list[dict[str, Any]]:
         """Records of table `verifications`, of work that is drawn from all experiments."""
-        prompts = list(self._prompts.values())
+        prompts = [each for each in self._prompts.values() if self._knows(each)]
         knockouts: list[tuple[TokenizedPrompt, Ablation, Company]] = []
         others: list[tuple[SaeSpec, TokenizedPrompt, Any]] = []
         for spec, prompt, work in drawn(self.job, self.model, prompts, self._saes):
@@ -272,11 +258,26 @@ class Worker:
         started = time.perf_counter()
         self._loaded().gave_up.clear()  # what is left of a unit that failed
         spec = next(spec for spec in self.job.experiments if spec.name == unit.experiment)
+        prompt_ids = [prompt_id for prompt_id, _ in unit.items]
+        check_tokens(self.model.id, self._prompts, prompt_ids, unit.tokens)
+        for prompt_id in prompt_ids:
+            self._check_ids(self._prompts[prompt_id], answers=asks_for_answers(spec))
         rows = self._knock_out(unit) if isinstance(spec, KnockoutSpec) else self._with_saes(spec, unit)
         table = "ablations" if isinstance(spec, KnockoutSpec) else spec.table
         rows = rows.append_column(schemas.TESTBED, [[self._testbed["testbed"]] * rows.num_rows])
         tables = {table: rows, "vocabulary": self._vocabulary(rows), "events": self._gave_up(f"unit {unit.unit_id}")}
         return Done(unit.unit_id, tables, time.perf_counter() - started)
+
+    def _check_ids(self, prompt: TokenizedPrompt, *, answers: bool = True) -> None:
+        """Raises UserError when the loaded model, whatever its config says, has no row for a token of a prompt."""
+        check_loaded(self.model.id, prompt, self._loaded().model, answers=answers)
+
+    def _knows(self, prompt: TokenizedPrompt) -> bool:
+        try:
+            self._check_ids(prompt)
+        except UserError:
+            return False
+        return True
 
     def _gave_up(self, what: str) -> "pa.Table":
         """Rows of table `events`: why anything took the slow way since this was last asked."""

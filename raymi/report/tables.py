@@ -205,12 +205,14 @@ def per_layer(store: Store, run: Manifest) -> pl.DataFrame:
 
 
 def open_failures(store: Store, run: Manifest) -> pl.DataFrame:
-    """The last failure of each unit that has no rows, and of each model that was not loaded since.
+    """The last failure of each unit that has no rows, of each model that was not loaded since, and of each prompt that
+    a model can never measure and the job still has.
 
     Returns:
         model_id, unit_id, stage, kind, message, attempts, failed_at; the oldest first.
     """
-    by = ["model_id", "unit_id", "stage"]
+    by = ["model_id", "unit_id", "stage", "prompt_id"]
+    gone = _prompts_no_longer(run)
 
     def unmended() -> pl.LazyFrame:
         last = (
@@ -222,13 +224,22 @@ def open_failures(store: Store, run: Manifest) -> pl.DataFrame:
         units = query.units(store, run)
         loads = store.scan("models", run.run).group_by("model_id").agg(pl.col("loaded_at").max())
         of_units = last.filter(pl.col("unit_id").is_not_null()).join(units, on="unit_id", how="anti")
-        of_models = last.filter(pl.col("unit_id").is_null()).join(loads, on="model_id", how="left")
+        of_prompts = last.filter(pl.col("prompt_id").is_not_null() & ~pl.col("prompt_id").is_in(gone))
+        of_models = last.filter(pl.col("unit_id").is_null() & pl.col("prompt_id").is_null()).join(
+            loads, on="model_id", how="left"
+        )
         mended = (pl.col("loaded_at") > pl.col("failed_at")).fill_null(False)
         # A run that is done has all its rows, whatever died on the way and was made good by others.
         of_models = of_models.filter(~mended & (run.status != "done")).drop("loaded_at")
-        return pl.concat([of_units, of_models]).sort("failed_at")
+        return pl.concat([of_units, of_prompts, of_models]).sort("failed_at")
 
     return collect(unmended).select("model_id", "unit_id", "stage", "kind", "message", "attempts", "failed_at")
+
+
+def _prompts_no_longer(run: Manifest) -> list[str]:
+    """Ids of the prompts that a run once had and its job has no longer; chunks of corpora stay."""
+    of_each = [{prompt["id"] for prompt in issue.resolved.get("prompts", ())} for issue in run.jobs]
+    return sorted(set[str]().union(*of_each) - of_each[-1]) if of_each else []
 
 
 def _ablations(store: Store, run: Manifest) -> pl.LazyFrame:

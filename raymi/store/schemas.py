@@ -143,9 +143,11 @@ FAILURES = pa.schema(
         ("traceback", pa.string()),
         ("attempt", pa.int32()),
         ("failed_at", _TIME),
+        ("prompt_id", pa.string()),
     ]
 )
-"""One row a failure. `stage` is select, plan, load, unit or replica; `unit_id` is null unless one unit failed."""
+"""One row a failure. `stage` is select, plan, prompt, load, unit or replica; `unit_id` is null unless one unit failed,
+`prompt_id` unless a model can never measure just this prompt."""
 
 EVENTS = pa.schema(
     [

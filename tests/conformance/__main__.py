@@ -25,10 +25,11 @@ def main() -> int:
     from tests.conformance import configs
 
     started, recorded = time.monotonic(), table.read()
-    unknown = set(asked.types) - set(configs.types())
+    every = [*configs.types(), *configs.VARIANTS]
+    unknown = set(asked.types) - set(every)
     if unknown:
         parser.error(f"no causal type of transformers {transformers.__version__}: {' '.join(sorted(unknown))}")
-    found = check_all(asked.types or configs.types(), asked.processes, asked.seconds, recorded)
+    found = check_all(asked.types or every, asked.processes, asked.seconds, recorded)
     print(f"\n{time.monotonic() - started:.0f} s, transformers {transformers.__version__}")
     print("\n".join(table.summary(found.values())))
     worse = [of for of, line in found.items() if of in recorded and table.changes(recorded[of], line)[0]]

@@ -245,6 +245,7 @@ TYPES: dict[str, dict[str, Any]] = {
         **{"swa_head_dim": 4, "swa_v_head_dim": 4},
     },
     "minicpm3": {**LATENT, "num_key_value_heads": 4, "dim_model_base": 8, "scale_depth": 1.4},
+    "minimax": {**ODD["minimax"], "block_size": 4},
     "minimax_m2": {**MODERN, **EXPERTS},
     "minimax_m3_vl_text": {
         **{**MODERN, **EXPERTS, **SPARSE, "dense_intermediate_size": 48, "shared_intermediate_size": 24},
@@ -252,7 +253,6 @@ TYPES: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
     },
     "ministral": SLIDING,
-    "ministral3": MODERN,
     "mllama": {
         "text_config": {**SIX, "cross_attention_layers": [1, 4], "pad_token_id": 1},
         "vision_config": {**_VISION, "attention_heads": 2, "num_global_layers": 1, "intermediate_layers_indices": [0]},
@@ -262,7 +262,7 @@ TYPES: dict[str, dict[str, Any]] = {
     },
     "moshi": {**FULL_HEADS, "ffn_dim": 96, "sliding_window": WINDOW},
     "moss_transcribe_diarize": {
-        "text_config": MODERN,
+        "text_config": {**MODERN, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
         "audio_config": {**_VISION, "num_mel_bins": 8, "max_source_positions": 16},
     },
     "musicgen": {},
@@ -283,7 +283,6 @@ TYPES: dict[str, dict[str, Any]] = {
             **{"ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16, "nemo_conv_channels": 16},
         },
     },
-    "phimoe": {**MODERN, **EXPERTS},
     "plbart": DECODER,
     "prophetnet": {
         **{**SPECIAL, "hidden_size": 32, "num_encoder_layers": 2, "num_decoder_layers": 4, "pad_token_id": 1},
@@ -293,6 +292,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {
         **{**MODERN, **EXPERTS, "shared_expert_intermediate_size": 24, "use_sliding_window": True},
         **{"sliding_window": WINDOW, "max_window_layers": 2},
+        "decoder_sparse_step": 2,
     },
     "qwen3_5": {"text_config": QWEN35, "vision_config": _TOWER},
     "qwen3_5_text": QWEN35,
@@ -342,8 +342,38 @@ TYPES: dict[str, dict[str, Any]] = {
         **{"head_dim": 16, "use_mem_rope": True},
     },
     "zaya": {**MODERN, **EXPERTS, "num_experts_per_tok": 1, "router_hidden_size": 16},
+    # With a window, or experts in some layers alone, where the tests' own families have them everywhere or nowhere.
+    "ministral3": {**MODERN, "sliding_window": WINDOW},
+    "mixtral": {**families.CONFIGS["mixtral"], "sliding_window": WINDOW},
+    "phi3": {**MODERN, "sliding_window": WINDOW},
+    "phimoe": {**MODERN, **EXPERTS, "sliding_window": WINDOW},
+    "qwen3": {**MODERN, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
+    "qwen3_moe": {
+        **{**ODD["qwen3_moe"], "decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": WINDOW},
+        "max_window_layers": 2,
+    },
+    "qwen3_next": {**ODD["qwen3_next"], "decoder_sparse_step": 2},
 }
 """Type -> what its config is made of."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "falcon/alibi": {**families.CONFIGS["falcon"], "alibi": True, "parallel_attn": False},
+    "falcon/new": {**families.CONFIGS["falcon"], "new_decoder_architecture": True, "num_kv_heads": 2},
+    "gemma4_text/experts": {
+        **{**GEMMA4, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
+    },
+    "gemma3_text/loud": GEMMA3,
+    "gpt_bigcode/multi_head": {**GPT, "multi_query": False},
+    "gpt_neox/in_turn": {**families.CONFIGS["gpt_neox"], "use_parallel_residual": False},
+    "granite/loud": families.CONFIGS["granite"],
+    "opt/post_norm": {**families.CONFIGS["opt"], "do_layer_norm_before": False, "word_embed_proj_dim": 16},
+    "stablelm/parallel": {**families.CONFIGS["stablelm"], "use_parallel_residual": True, "qk_layernorm": True},
+}
+"""Other shapes of a type, `type/what`: published models have them, and their layers are built another way.
+
+Those called `loud` have one channel of the stream that is large, which the norms undo, as trained models do.
+"""
+LOUD = 1e5
 
 
 def types() -> list[str]:
@@ -352,7 +382,8 @@ def types() -> list[str]:
 
 
 def config(model_type: str) -> Any:
-    return CONFIG_MAPPING[model_type](**TYPES[model_type])
+    """Of a type, or of one of its variants."""
+    return CONFIG_MAPPING[model_type.partition("/")[0]](**(TYPES | VARIANTS)[model_type])
 
 
 def build(model_type: str, seed: int = 0) -> PreTrainedModel:
@@ -373,7 +404,25 @@ def build(model_type: str, seed: int = 0) -> PreTrainedModel:
                 parameter.normal_(0, 0.1)
             elif "norm" in name:
                 parameter.add_(torch.empty_like(parameter).normal_(0, 0.2))
+        if model_type.endswith("/loud"):
+            _make_loud(model, 1.0 if "gemma" in model_type else 0.0)
     return model.eval()
+
+
+def _make_loud(model: PreTrainedModel, offset: float) -> None:
+    """One channel of the embedding becomes `LOUD`; norms that read the stream leave it out, and the others as they are.
+
+    `offset` is what a norm adds to its weight before it multiplies by it.
+    """
+    model.get_input_embeddings().weight[:, 3] = LOUD
+    reading = {"input_layernorm", "pre_feedforward_layernorm", "norm"}
+    if offset == 0.0:
+        reading.add("post_attention_layernorm")  # the one before the MLP, where there is none behind the attention
+    scale = model.config.hidden_size**0.5 if offset else getattr(model.config, "embedding_multiplier", 1.0)
+    for name, module in model.named_modules():
+        if name.split(".")[-1] in reading:
+            module.weight.fill_(LOUD * scale / model.config.hidden_size**0.5 - offset)
+            module.weight[3] = -offset
 
 
 def save(model_type: str, cache: Path, id: str) -> Path:

@@ -104,6 +104,9 @@ PLACES: dict[str, Places] = {
         z="self_attention.dense",
         by_side=True,
     ),
+    "falcon/alibi": Places(
+        layers="transformer.h", attention="self_attention", attn_out="self_attention", z="self_attention.dense"
+    ),
     "falcon_h1": replace(MIXED, attn_out=None, mlp_out=None),  # attention and state are added together
     "flex_olmo": SANDWICH,
     "fuyu": INSIDE,
@@ -123,6 +126,7 @@ PLACES: dict[str, Places] = {
     "gpt_bigcode": replace(GPT, z="attn.c_proj"),
     "gpt_neo": replace(GPT, z="attn.attention.out_proj"),
     "gpt_neox": replace(LLAMA, layers="gpt_neox.layers", attention="attention", attn_out="attention", by_side=True),
+    "gpt_neox/in_turn": replace(LLAMA, layers="gpt_neox.layers", attention="attention", attn_out="attention"),
     "gpt_neox_japanese": replace(
         LLAMA,
         layers="gpt_neox_japanese.layers",
@@ -165,6 +169,8 @@ PLACES: dict[str, Places] = {
     "olmo3": SANDWICH,
     "olmo_hybrid": SANDWICH,
     "opt": FC,
+    "opt/post_norm": replace(FC, attn_out=None, mlp_out=None),
+    "stablelm/parallel": replace(LLAMA, by_side=True),
     "phi": replace(LLAMA, by_side=True),
     "recurrent_gemma": Places(
         attention="temporal_block",
@@ -195,4 +201,5 @@ PLACES: dict[str, Places] = {
 
 
 def places(model_type: str) -> Places:
-    return PLACES.get(model_type, LLAMA)
+    """Of a type, or of a variant `type/what`."""
+    return PLACES.get(model_type) or PLACES.get(model_type.partition("/")[0], LLAMA)

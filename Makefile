@@ -34,7 +34,7 @@ help:
 	@echo 'make test    install what the tests need, fetch the demo models and run the tests'
 	@echo 'make oracle  only the tests that compare with computations that are not raymi'"'"'s'
 	@echo 'make conformance  a tiny model of every causal type of transformers, against what it and plain hooks compute;'
-	@echo '             three minutes; CONFORMANCE=--write records what was found in tests/conformance/types.tsv'
+	@echo '             four minutes; CONFORMANCE=--write records what was found in tests/conformance/types.tsv'
 	@echo 'make lint    formatting, lint, types, and which room may import which'
 	@echo 'make bench   raymi and its peers side by side'
 	@echo 'make bench-run  what a whole run of 100,000 ablations adds to measuring them; ten minutes'

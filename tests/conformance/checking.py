@@ -30,8 +30,10 @@ from tests.conformance.table import SEE, Line
 from tests.oracles import Knockout
 
 TOLERANCE = 1e-5
+ROUNDING = 10
+"""Where rounding alone comes near that: so many times what the untouched model's rows differ by, alone and together."""
 VISIBLE = 1e-3
-"""Of the scale: the least that half of the changes of a kind must do to the logits."""
+"""Of the scale: the least that the strongest change of a kind must do to the logits, and half of them a tenth of it."""
 REFUSALS = (UserError, NoSuchPlace, UnsupportedAttention, WrongNumbers, BadWeights)
 
 
@@ -213,12 +215,12 @@ class _Compared:
         return self.clean.seen[layer, name]
 
     def rounded(self, layer: int, name: str) -> float:
-        """Five times what a family's own captures differ by, of a prompt alone and beside another."""
+        """`ROUNDING` times what a family's own captures differ by, of a prompt alone and beside another."""
         if (layer, name) not in self.clean.seen:
             return 0.0
         alone = [self.untouched.run(ids_T[None]).seen[layer, name] for ids_T in configs.prompt(rows=2)]
         difference = torch.cat(alone) - self.clean.seen[layer, name]
-        return 5 * float(difference[difference.isfinite()].abs().max())
+        return ROUNDING * float(difference[difference.isfinite()].abs().max())
 
     # -- both sides --------------------------------------------------------------------------------------------------
 
@@ -242,12 +244,12 @@ class _Compared:
         return torch.stack(logits), list(fired), list(empty)
 
     def allowed(self, off: float, changes: Sequence[Sequence[Change]], together: Rendered) -> float:
-        """1e-5; or what a family rounds by itself: five times what its own rows differ by, alone and together."""
+        """1e-5; or what a family rounds by itself: `ROUNDING` times what its own rows differ by, alone and together."""
         if not TOLERANCE < off < 10 * TOLERANCE:
             return TOLERANCE
         alone = [self.untouched.run(configs.prompt(rows=2)[[row % 2]], [one]) for row, one in enumerate(changes)]
         own = self.off(torch.cat([one.logits_BV for one in alone]), together)
-        return max(TOLERANCE, 5 * own)
+        return max(TOLERANCE, ROUNDING * own)
 
     @property
     def scale(self) -> float:
@@ -260,6 +262,7 @@ class _Compared:
         return float(((ours_AV - theirs_AV).abs().amax(-1) / size_A).max())
 
     def effect(self, theirs: Rendered) -> float:
-        """What at least half of the changes do."""
+        """What the strongest change does; ten times what at least half of them do, where that is less."""
         of_row = self.clean.logits_BV[[row % 2 for row in range(len(theirs.logits_BV))]]
-        return float((theirs.logits_BV - of_row).abs().amax(-1).median()) / self.scale
+        effect_A = (theirs.logits_BV - of_row).abs().amax(-1) / self.scale
+        return float(torch.minimum(effect_A.max(), 10 * effect_A.median()))

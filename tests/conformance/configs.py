@@ -66,6 +66,8 @@ _TOWER: dict[str, Any] = {
 }
 GEMMA3 = families.CONFIGS["gemma3_text"]
 GEMMA4: dict[str, Any] = {**ODD["gemma4_text"], "global_head_dim": 16, "num_global_key_value_heads": 1}
+GEMMA4_UNIFIED: dict[str, Any] = {**GEMMA4, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+"""Every layer has keys of its own."""
 QWEN35: dict[str, Any] = {**every_third("linear_attention"), **LINEAR}
 QWEN35_MOE: dict[str, Any] = {**QWEN35, **EXPERTS, "shared_expert_intermediate_size": 24}
 INKLING: dict[str, Any] = {
@@ -187,9 +189,9 @@ TYPES: dict[str, dict[str, Any]] = {
         "text_config": {**GEMMA4, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
         "backbone_hidden_size": 32,
     },
-    "gemma4_unified": {"text_config": {**GEMMA4, "hidden_size_per_layer_input": 0, "pad_token_id": 1}},
+    "gemma4_unified": {"text_config": {**GEMMA4_UNIFIED, "pad_token_id": 1}},
     "gemma4_unified_assistant": {"text_config": GEMMA4, "backbone_hidden_size": 32},
-    "gemma4_unified_text": {**GEMMA4, "hidden_size_per_layer_input": 0},
+    "gemma4_unified_text": GEMMA4_UNIFIED,
     "git": {**ENCODER, "vision_config": _VISION},
     "glm": {**MODERN, **GLM, "partial_rotary_factor": 0.5},
     "glm4_moe_lite": {**LATENT, **GROUPED, **SPARSE, **GLM},
@@ -360,7 +362,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "falcon/alibi": {**families.CONFIGS["falcon"], "alibi": True, "parallel_attn": False},
     "falcon/new": {**families.CONFIGS["falcon"], "new_decoder_architecture": True, "num_kv_heads": 2},
     "gemma4_text/experts": {
-        **{**GEMMA4, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
+        **{
+            **GEMMA4_UNIFIED,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 24,
+        },
     },
     "gemma3_text/loud": GEMMA3,
     "gpt_bigcode/multi_head": {**GPT, "multi_query": False},

@@ -26,15 +26,19 @@ PROMPTS_SAID = 3
 @click.argument("run", required=False)
 @store_option
 @click.option("--json", "as_json", is_flag=True, help="The tables as JSON.")
+@click.option("--all", "everything", is_flag=True, help="Count also the prompts that the job has no longer.")
 @click.option(
     "--csv",
     type=click.Path(path_type=Path),
-    help="Write the tables into this folder: models.csv, layers.csv, failures.csv, mismatches.csv where what was "
-    "measured twice did not agree, and sae_*.csv for what was measured with autoencoders; or the table of models, if "
+    help="Write the tables into this folder: models.csv, answers.csv, layers.csv, failures.csv, mismatches.csv where "
+    "what was measured twice did not agree, superseded.csv and former_prompts.csv for what is stored and does not "
+    "count, and sae_*.csv for what was measured with autoencoders; or the table of models, if "
     "it ends in .csv.",
 )
 @click.option("--parquet", type=click.Path(path_type=Path), help="The same as Parquet.")
-def command(run: str | None, store_uri: str, as_json: bool, csv: Path | None, parquet: Path | None) -> None:
+def command(
+    run: str | None, store_uri: str, as_json: bool, everything: bool, csv: Path | None, parquet: Path | None
+) -> None:
     """Show what a run has found so far: per model, per layer, per autoencoder, and what failed.
 
     RUN is the name of a run, or how its name begins; without it, the run that was last issued. The run may be going
@@ -42,7 +46,7 @@ def command(run: str | None, store_uri: str, as_json: bool, csv: Path | None, pa
     """
     from raymi.report import export, tables
 
-    report = tables.report(raymi.store.open(store_uri), run)
+    report = tables.report(raymi.store.open(store_uri), run, everything=everything)
     written: list[Path] = []
     if csv:
         written += export.write(report, csv, "csv")
@@ -64,7 +68,10 @@ def lines(report: "Report", width: int) -> Iterator[str]:
         report: of a run.
         width: of the terminal in characters, of which tables need about 80; 0 folds nothing.
     """
+    from raymi.cli.names import named
+
     yield from _heading(report)
+    report = named(report)
     for (experiment,), models in report.models.drop_nulls("experiment").group_by("experiment", maintain_order=True):
         yield f"\n{experiment}: KL(clean || ablated) in nats; logit diff of the answer, clean - ablated"
         yield from _effects(models, width)
@@ -74,13 +81,26 @@ def lines(report: "Report", width: int) -> Iterator[str]:
             yield from _by_layer(layers, width)
     yield from sections(report.saes, width)
     if not report.models.is_empty():
-        answers = report.models["answer_prob"].count() > 0
+        together = report.answers["experiment"].n_unique() <= 1
+        answers = together and report.answers["answer_prob"].count() > 0
         yield "\nmodels" + (", and how well they answer when nothing is changed" if answers else "")
-        yield from _baselines(report.models, width)
+        yield from _baselines(report.models, report.answers if together else None, width)
+        if not together:
+            yield "\nhow well they answer when nothing is changed, by the prompts of each experiment"
+            yield from _answers(report.answers, width)
         yield "\nhow they were measured; and how far what was measured twice differs, in logits"
         yield from _proofs(report.models, width)
-        for said in (*_mismatches(report.mismatches), *_slow(report.models), *_weak_proofs(report.models)):
+        for said in (
+            *_mismatches(report.mismatches),
+            *_slow(report.models),
+            *_weak_proofs(report.models),
+            *_testbeds(report),
+        ):
             yield fill(said, width or 10_000, initial_indent="  ", subsequent_indent="    ")
+    if said := [*_closed(report.models), *_left_out(report)]:
+        yield "\nnot counted:"
+        for each in said:
+            yield fill(each, width or 10_000, initial_indent="  ", subsequent_indent="    ")
     if not report.failures.is_empty():
         yield "\nfailed:"
         yield from _failures(report.failures, width)
@@ -90,7 +110,8 @@ def _heading(report: "Report") -> Iterator[str]:
     from raymi.report.tables import status
 
     run = report.run
-    n_models, n_ablations = report.models["model_id"].n_unique(), int(report.models["ablations"].sum())
+    n_models = report.models.select("model_id", "revision", "dtype").n_unique()
+    n_ablations = int(report.models["ablations"].sum())
     others = report.measured - n_ablations
     yield f"{run.run}: {status(run, report.driven)}, issued {run.driver.started_at.astimezone():%Y-%m-%d %H:%M}"
     said = [plural(n_models, "model")]
@@ -141,9 +162,12 @@ def _axis(layers: "pl.DataFrame", column: str) -> list[float | None]:
     return [at.get(layer) for layer in range(max(at) + 1)]
 
 
-def _baselines(models: "pl.DataFrame", width: int) -> list[str]:
+def _baselines(models: "pl.DataFrame", answers: "pl.DataFrame | None", width: int) -> list[str]:
     header = ("model", "revision", "dtype", "device", "load", "prompts", "P(answer)", "top-1")
-    shown = 8 if models["prompts"].count() else 5
+    of: dict[str, dict[str, Any]] = {}
+    if answers is not None:
+        of = {row["model_id"]: row for row in answers.iter_rows(named=True)}
+    shown = 8 if of else 5
     rows = [
         [
             model["model_id"],
@@ -151,13 +175,21 @@ def _baselines(models: "pl.DataFrame", width: int) -> list[str]:
             model["dtype"] or "-",
             model["device"] or "-",
             "-" if model["load_seconds"] is None else f"{model['load_seconds']:.1f} s",
-            str(model["prompts"] or "-"),
-            number(model["answer_prob"]),
-            "-" if model["answer_top1"] is None else f"{model['answer_top1']:.0%}",
+            *_answered(of.get(model["model_id"], {})),
         ][:shown]
         for model in models.unique("model_id", maintain_order=True).iter_rows(named=True)
     ]
     return table(header[:shown], rows, right=range(4, 8), width=width)
+
+
+def _answers(answers: "pl.DataFrame", width: int) -> list[str]:
+    rows = [[row["model_id"], row["experiment"], *_answered(row)] for row in answers.iter_rows(named=True)]
+    return table(("model", "experiment", "prompts", "P(answer)", "top-1"), rows, right=range(2, 5), width=width)
+
+
+def _answered(row: dict[str, Any]) -> list[str]:
+    top = row.get("answer_top1")
+    return [str(row.get("prompts") or "-"), number(row.get("answer_prob")), "-" if top is None else f"{top:.0%}"]
 
 
 def _proofs(models: "pl.DataFrame", width: int) -> list[str]:
@@ -214,6 +246,40 @@ def _weak_proofs(models: "pl.DataFrame") -> Iterator[str]:
     weak = models.filter(models["verified_effect"] <= models["verified_tolerance"])
     for model in weak["model_id"].unique(maintain_order=True):
         yield f"{model}: no effect that was measured twice is larger than noise, so their agreement proves little"
+
+
+def _testbeds(report: "Report") -> Iterator[str]:
+    """Says whose rows were not all measured alike."""
+    several = report.models.filter(report.models["testbeds"] > 1).unique("model_id", maintain_order=True)
+    for model in several.iter_rows(named=True):
+        yield (
+            f"{model['model_id']}: its rows come from {model['testbeds']} testbeds (device, versions; table testbeds), "
+            "between which small differences mean nothing"
+        )
+
+
+def _closed(models: "pl.DataFrame") -> Iterator[str]:
+    for model in models.filter(models["closed"] > 0).iter_rows(named=True):
+        yield (
+            f"{model['model_id']}: {model['experiment']}: {model['closed']:,} of "
+            f"{plural(model['ablations'], 'ablation')} cut nothing: the model's own mask had closed their edges"
+        )
+
+
+def _left_out(report: "Report") -> Iterator[str]:
+    """Says what the store holds beside what is shown."""
+    for row in report.left_out.superseded.iter_rows(named=True):
+        rows = plural(row["rows"], "row")
+        yield f"{row['model_id']}: {row['experiment']}: {rows} of work that is not planned any more: {row['why']}"
+    prompts = report.left_out.prompts
+    if not prompts.is_empty():
+        ids = ", ".join(prompts["prompt_id"][:5]) + (", ..." if prompts.height > 5 else "")
+        yield (
+            f"{plural(int(prompts['rows'].sum()), 'row')} of {plural(prompts.height, 'prompt')} that the job has no "
+            f"longer ({ids}); --all counts them"
+        )
+        for name in report.left_out.mixed:
+            yield f"{name}: its sums over texts may hold them still; a run of its own (--new) leaves them out"
 
 
 def _failures(failures: "pl.DataFrame", width: int) -> Iterator[str]:

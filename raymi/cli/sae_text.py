@@ -57,7 +57,8 @@ def _quality(saes: "Saes", width: int) -> Iterator[str]:
             width=width,
         )
         yield from _heading(width, "features by density, from the rarest to the densest that fires")
-        of_model = saes.densities.join(its, on=["model_id", "revision", "experiment", "sae", "site"], how="semi")
+        sae = ["model_id", "revision", "dtype", "experiment", "sae", "sae_version", "site", "skipped"]
+        of_model = saes.densities.join(its, on=sae, how="semi")
         yield from _densities(of_model, width)
 
 
@@ -83,7 +84,7 @@ def _activity(saes: "Saes", width: int) -> Iterator[str]:
             for row in its.iter_rows(named=True)
         ]
         yield from table(("SAE", "texts", "tokens", "mean L0", "features"), rows, right=range(1, 5), width=width)
-    by = ["model_id", "revision", "experiment", "sae", "sae_version", "site", "skipped", "feature"]
+    by = ["model_id", "revision", "dtype", "experiment", "sae", "sae_version", "site", "skipped", "feature"]
     first = saes.examples.filter(saes.examples["rank"] == 1).select(*by, "prompt_id", "position", "context")
     found = saes.features.join(first, on=by, how="left", maintain_order="left")
     for about, its in _by(found, "experiment", "model_id", "sae", "site"):

@@ -2,13 +2,14 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from raymi.catalog import CachedModel
 from raymi.cluster.feeding import holds
 from raymi.cluster.reading import lacking
+from raymi.cluster.superseded import StoredUnit, notices, stored_units
 from raymi.cluster.tokenised import from_rows
 from raymi.cluster.worker import Failed, failure
 from raymi.errors import UserError
@@ -17,6 +18,7 @@ from raymi.fed import fed_id, plain_id
 from raymi.job import Job, Spec
 from raymi.plan import CutRule, Saes, Unit, asks_for_answers, full_forward_flops, units
 from raymi.prompts import Prompt, TokenizedPrompt
+from raymi.store import schemas
 from raymi.store.layout import slug
 from raymi.store.manifest import Manifest
 from raymi.store.reader import Store
@@ -35,6 +37,8 @@ class Known:
     """By id; chunks of corpora among them."""
     saes: list[Record] = field(default_factory=list[Record])
     """Rows of table `saes`."""
+    units: dict[str, StoredUnit] = field(default_factory=dict[str, StoredUnit])
+    """What is stored, by id."""
 
     def suffices(self, job: Job) -> bool:
         """Whether nothing is to be tokenised, and no autoencoder to be found."""
@@ -78,6 +82,7 @@ class Agenda:
         self._generations, self._rule, self._done = manifest.generations, CutRule(**manifest.cut_rule), done
         self.prompts = {prompt.id: prompt for prompt in job.prompts}
         self._known = dict(stored)
+        self._noticed: dict[str, list[dict[str, Any]]] = {}
         self.before: dict[str, int] = {}
         """Ablations that were in the store when the command began, by key."""
         self.units: dict[str, list[Unit]] = {}
@@ -135,9 +140,21 @@ class Agenda:
         """What is left to measure of a model of which a replica has given the rows of tables `prompts` and `saes`."""
         model = self.models[key]
         prompts = {prompt.prompt.id: prompt for prompt in from_rows(tables["prompts"].to_pylist())}
-        known = Known(prompts, tables["saes"].to_pylist())
+        known = Known(prompts, tables["saes"].to_pylist(), self._of(model).units)
         self._known[model.id, model.revision] = known
         return self._left(key, model, known)
+
+    def noticed(self) -> "dict[str, pa.Table]":
+        """By key, the rows of table `superseded` that have come up since this was last asked."""
+        found = {
+            key: schemas.rows(
+                "superseded", [{"model_id": m.id, "revision": m.revision, **each} for each in self._noticed[key]]
+            )
+            for key, m in self.models.items()
+            if self._noticed.get(key)
+        }
+        self._noticed.clear()
+        return found
 
     def _left(self, key: str, model: CachedModel, known: Known) -> list[Unit] | Failed:
         try:
@@ -148,14 +165,22 @@ class Agenda:
                 if self._is_wanted(prompt_id) and (why := self._why_unfit(model, prompt))
             ]
             usable = self._usable(model, known.prompts, saes)
-            cut = [
+            generations = [*map(_all_fed, self._generations), *self._chunks(known)]
+            every = [
                 unit
-                for generation in [*map(_all_fed, self._generations), *self._chunks(known)]
+                for generation in generations
                 for unit in self._cut(model, [usable[each] for each in generation if each in usable], saes)
-                if any(self._is_wanted(prompt_id) for prompt_id, _ in unit.items)
             ]
         except Exception as error:  # whatever a model's prompts do to the plan, the other models run
             return failure(error)
+        cut = [unit for unit in every if any(self._is_wanted(prompt_id) for prompt_id, _ in unit.items)]
+        self._noticed[key] = notices(
+            known.units,
+            every,
+            [spec.name for spec in self.job.experiments],
+            [prompt_id for prompt_id in usable if self._is_wanted(prompt_id)],
+            complete=all(prompt_id in usable for generation in self._generations for prompt_id in generation),
+        )
         left = [unit for unit in cut if unit.unit_id not in self._done]
         self.before[key] = sum(unit.n_ablations for unit in cut) - sum(unit.n_ablations for unit in left)
         return left
@@ -236,6 +261,8 @@ def stored(store: Store, run: str) -> Stored:
         found.setdefault((row["model_id"], row["revision"]), Known()).saes.append(row)
     for known in found.values():
         known.saes = latest(known.saes)
+    for key, its in stored_units(store, run).items():
+        found.setdefault(key, Known()).units = its
     return found
 
 

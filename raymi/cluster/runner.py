@@ -116,8 +116,14 @@ class _Record:
         for table, rows in tables.items():
             self._run.add(table, self._agenda.slug(key), rows)
         left = self._agenda.plan(key, tables)
+        self.notice()
         self.unfit(key)
         return left
+
+    def notice(self) -> None:
+        """Notes what is stored and not planned any more."""
+        for key, rows in self._agenda.noticed().items():
+            self._run.add("superseded", self._agenda.slug(key), rows)
 
     def unfit(self, key: str) -> None:
         """Keeps why a model can never measure some of its prompts, and says so, in few lines however many they are."""

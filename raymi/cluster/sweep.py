@@ -93,6 +93,8 @@ def sweep(order: Order, store: Store) -> Result:
         run.save()
         _note_rejected(run, choice)
         agenda = Agenda(run.manifest, run.done_units(), stored(store, run.name), order.job, former, models)
+        for key, rows in agenda.noticed().items():
+            run.add("superseded", agenda.slug(key), rows)
         if agenda.finished:
             return _close(run, Result(Ending(), choice.rejected, started=False))
         backend = _backend(stack, order, agenda, choice, nodes)

@@ -29,6 +29,7 @@ def as_record(report: Report) -> dict[str, Any]:
         "measured": report.measured,
         **{name: frame.to_dicts() for name, frame in _frames(report).items()},
         "mismatches": report.mismatches.to_dicts(),
+        **{name: frame.to_dicts() for name, frame in _left_out(report).items()},
         **{name: frame.to_dicts() for name, frame in report.saes.tables.items()},
     }
 
@@ -36,8 +37,8 @@ def as_record(report: Report) -> dict[str, Any]:
 def write(report: Report, path: Path, kind: Format) -> list[Path]:
     """Writes the tables into the folder `path`, or the first as the file `path`.
 
-    They are `models`, `layers` and `failures`, and of `mismatches` and those of autoencoders (`sae_quality`, ...) what
-    is not empty.
+    They are `models`, `answers`, `layers` and `failures`, and what is not empty of `mismatches`, `superseded`,
+    `former_prompts` and those of autoencoders (`sae_quality`, ...).
 
     Args:
         report: what to write.
@@ -54,7 +55,7 @@ def write(report: Report, path: Path, kind: Format) -> list[Path]:
     if path.suffix == suffix:
         files = {path: report.models}
     else:
-        others = {"mismatches": report.mismatches, **report.saes.tables}
+        others = {"mismatches": report.mismatches, **_left_out(report), **report.saes.tables}
         frames = {**_frames(report), **{name: frame for name, frame in others.items() if not frame.is_empty()}}
         files = {path / f"{name}{suffix}": frame for name, frame in frames.items()}
     try:
@@ -67,7 +68,11 @@ def write(report: Report, path: Path, kind: Format) -> list[Path]:
 
 
 def _frames(report: Report) -> dict[str, pl.DataFrame]:
-    return {"models": report.models, "layers": report.layers, "failures": report.failures}
+    return {"models": report.models, "answers": report.answers, "layers": report.layers, "failures": report.failures}
+
+
+def _left_out(report: Report) -> dict[str, pl.DataFrame]:
+    return {"superseded": report.left_out.superseded, "former_prompts": report.left_out.prompts}
 
 
 def _writer(frame: pl.DataFrame, kind: Format) -> Callable[[Path], None]:

@@ -1,12 +1,17 @@
 """Queries of a store that may be changing, and what rows of every kind have in common."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import polars as pl
 
+from raymi.fed import fed_id
 from raymi.store import schemas
 from raymi.store.manifest import Manifest
 from raymi.store.reader import Store
+
+MODEL = ("model_id", "revision", "dtype")
+"""What rows of units say of the model: those of another revision or dtype are another model's."""
 
 _ATTEMPTS = 5
 """Readings of a store in which files are being merged: what was listed may be gone when it is opened."""
@@ -22,13 +27,67 @@ def collect(query: Callable[[], pl.LazyFrame]) -> pl.DataFrame:
     return query().collect()
 
 
-def units(store: Store, run: Manifest) -> pl.LazyFrame:
+@dataclass(frozen=True, slots=True)
+class View:
+    """The rows of a run that a report counts.
+
+    Args:
+        store: where it is.
+        run: it.
+        everything: also count prompts that the job has no longer.
+    """
+
+    store: Store
+    run: Manifest
+    everything: bool = False
+    former: frozenset[str] = field(init=False)
+    """Ids of the prompts that the job as last issued has no longer."""
+
+    def __post_init__(self) -> None:
+        issued = [{prompt["id"] for prompt in issue.resolved.get("prompts", ())} for issue in self.run.jobs]
+        gone = frozenset[str]() if self.everything or not issued else frozenset[str]().union(*issued) - issued[-1]
+        former = frozenset(fed_id(prompt_id, bos) for prompt_id in gone for bos in (None, "always", "never"))
+        object.__setattr__(self, "former", former)
+
+    def scan(self, table: str) -> pl.LazyFrame:
+        """All rows of a table."""
+        return self.store.scan(table, self.run.run)
+
+    def superseded(self) -> pl.LazyFrame:
+        """The units that the plan does not name any more: model_id, revision, experiment, unit_id, why."""
+        unit = ["model_id", "revision", "experiment", "unit_id"]
+        notices = self.scan("superseded").sort("noticed_at", maintain_order=True)
+        return notices.group_by(unit, maintain_order=True).agg(pl.col("why").last()).filter(pl.col("why").is_not_null())
+
+    def stored(self, table: str) -> pl.LazyFrame:
+        """The rows of units in one of their tables, superseded ones and former prompts among them."""
+        return self.scan(table)
+
+    def units(self, table: str) -> pl.LazyFrame:
+        """The rows of units that count."""
+        rows = self.scan(table).join(self.superseded(), on="unit_id", how="anti")
+        if self.former and "prompt_id" in schemas.SCHEMAS[table].names:
+            rows = rows.filter(~pl.col("prompt_id").is_in(list(self.former)))
+        return rows
+
+    def effects(self, table: str) -> pl.LazyFrame:
+        """The same, without what cut nothing because the model's own mask had closed it already."""
+        return self.units(table).filter(~closed(table))
+
+
+def closed(table: str) -> pl.Expr:
+    """Whether a row cut nothing: all that it names was closed anyway, so that no effect says nothing of the head."""
+    if "closed" not in schemas.SCHEMAS[table].names:
+        return pl.lit(False)
+    return ((pl.col("closed") > 0) & (pl.col("fired") == 0)).fill_null(False)
+
+
+def units(view: View) -> pl.LazyFrame:
     """The ids of the units that have rows, in whatever table."""
-    tables = [store.scan(table, run.run).select("unit_id") for table in schemas.UNIT_TABLES]
-    return pl.concat(tables).unique()
+    return pl.concat([view.scan(table).select("unit_id") for table in schemas.UNIT_TABLES]).unique()
 
 
-def measured(store: Store, run: Manifest) -> int:
+def measured(view: View) -> int:
     """How much was measured, as plans count: ablations, injections, and texts for each autoencoder that reads them."""
     texts = ("unit_id", "sae", "sae_version", "site")
     distinct = {
@@ -39,8 +98,37 @@ def measured(store: Store, run: Manifest) -> int:
     }
 
     def counts() -> pl.LazyFrame:
-        kinds = [store.scan(table, run.run).select(*key).unique().select(n=pl.len()) for table, key in distinct.items()]
-        quality = store.scan("sae_quality", run.run).select(*texts, "texts").unique().select(n=pl.col("texts").sum())
+        kinds = [view.units(table).select(*key).unique().select(n=pl.len()) for table, key in distinct.items()]
+        quality = view.units("sae_quality").select(*texts, "texts").unique().select(n=pl.col("texts").sum())
         return pl.concat([kind.cast(pl.Int64) for kind in (*kinds, quality)]).sum()
 
     return collect(counts).item()
+
+
+def placed(rows: pl.DataFrame, known: pl.DataFrame) -> pl.DataFrame:
+    """Rows without a revision get their model's, where the run has only one of it; else they stand apart.
+
+    Args:
+        rows: with model_id and revision.
+        known: model_id and revision of all that the run has.
+    """
+    of_id = known.select("model_id", "revision").drop_nulls().unique().group_by("model_id")
+    only = of_id.agg(pl.col("revision").first().alias("only"), pl.len().alias("n")).filter(pl.col("n") == 1)
+    found = rows.join(only.select("model_id", "only"), on="model_id", how="left", maintain_order="left")
+    return found.with_columns(pl.coalesce("revision", "only").alias("revision")).drop("only")
+
+
+def revisions(view: View) -> pl.DataFrame:
+    """Every model that the run knows, measured or not: model_id, revision (null only where nothing says it)."""
+    frozen = pl.DataFrame(
+        [(ref.partition("@")[0], revision) for ref, revision in view.run.commits.items()],
+        schema={"model_id": pl.String(), "revision": pl.String()},
+        orient="row",
+    )
+    tables = ("models", "failures", *schemas.UNIT_TABLES)
+
+    def named() -> pl.LazyFrame:
+        return pl.concat([view.scan(table).select("model_id", "revision") for table in tables]).unique()
+
+    found = pl.concat([frozen, collect(named)]).filter(pl.col("model_id").is_not_null()).unique()
+    return placed(found, found).unique().sort("model_id", "revision")

@@ -9,12 +9,10 @@ from typing import Any
 import polars as pl
 
 from raymi.report.characters import Piece, pieces
-from raymi.report.query import collect
+from raymi.report.query import View, collect
 from raymi.sae.metrics import density_histogram, merged, metrics
-from raymi.store.manifest import Manifest
-from raymi.store.reader import Store
 
-SAE = ("model_id", "revision", "experiment", "sae", "sae_version", "site")
+SAE = ("model_id", "revision", "dtype", "experiment", "sae", "sae_version", "site")
 """What tells an autoencoder of a run from all others; every table here begins with these columns."""
 _SAE_KINDS = dict.fromkeys(SAE, pl.String())
 
@@ -52,21 +50,21 @@ class Saes:
         return {f"sae_{field.name}": getattr(self, field.name) for field in fields(self)}
 
 
-def saes(store: Store, run: Manifest) -> Saes:
+def saes(view: View) -> Saes:
     """Every table of a run."""
     return Saes(
-        quality=quality(store, run),
-        densities=densities(store, run),
-        injections=injections(store, run),
-        ablations=ablations(store, run),
-        activity=activity(store, run),
-        features=features(store, run),
-        examples=examples(store, run),
-        absent=absent(store, run),
+        quality=quality(view),
+        densities=densities(view),
+        injections=injections(view),
+        ablations=ablations(view),
+        activity=activity(view),
+        features=features(view),
+        examples=examples(view),
+        absent=absent(view),
     )
 
 
-def quality(store: Store, run: Manifest) -> pl.DataFrame:
+def quality(view: View) -> pl.DataFrame:
     """How well each autoencoder reconstructs, and what the model makes of the reconstruction.
 
     The sums of units add up to the sums of all texts, and only then become means and ratios.
@@ -79,13 +77,13 @@ def quality(store: Store, run: Manifest) -> pl.DataFrame:
     counts = dict.fromkeys(("texts", "tokens", "d_sae"), pl.Int64())
     schema = {**_SAE_KINDS, **about, **counts, **dict.fromkeys(METRICS, pl.Float64())}
     records: list[dict[str, Any]] = []
-    for sums in _merged(store, run):
+    for sums in _merged(view):
         found = metrics(sums)
         records.append({**{name: sums[name] for name in (*SAE, *about, *counts)}, **{m: found[m] for m in METRICS}})
     return pl.DataFrame(records, schema=schema)
 
 
-def densities(store: Store, run: Manifest) -> pl.DataFrame:
+def densities(view: View) -> pl.DataFrame:
     """How many features of each autoencoder fire at which share of the tokens, of what `quality` measured.
 
     Returns:
@@ -95,7 +93,7 @@ def densities(store: Store, run: Manifest) -> pl.DataFrame:
     """
     steps = {"at_least": pl.Float64(), "below": pl.Float64(), "features": pl.Int64()}
     records: list[dict[str, Any]] = []
-    for sums in _merged(store, run):
+    for sums in _merged(view):
         about = {name: sums[name] for name in (*SAE, "skipped")}
         dead = (0.0, 0.0, sums["d_sae"] - len(sums["fired_tokens"]))
         alive = density_histogram(sums["fired_tokens"], sums["tokens"])
@@ -107,7 +105,7 @@ _SHOWN = 0.0005
 """A smaller change of probability would be shown as none."""
 
 
-def injections(store: Store, run: Manifest) -> pl.DataFrame:
+def injections(view: View) -> pl.DataFrame:
     """What each feature does when it is added, at each strength.
 
     Returns:
@@ -119,7 +117,7 @@ def injections(store: Store, run: Manifest) -> pl.DataFrame:
     by = [*SAE, "feature", "strength"]
 
     def rows() -> pl.LazyFrame:
-        return store.scan("sae_injections", run.run).unique(["unit_id", "ablation_id"])
+        return view.effects("sae_injections").unique(["unit_id", "ablation_id"])
 
     table = collect(
         lambda: (
@@ -149,7 +147,7 @@ def injections(store: Store, run: Manifest) -> pl.DataFrame:
             # A token that is not among a row's most changed ones changed by less than those that are: about nothing.
             .agg((change.sum() / pl.col("n").first()).alias("change"))
             .drop_nulls()
-            .join(store.scan("vocabulary", run.run), on=["model_id", "revision", "token_id"], how="left")
+            .join(view.scan("vocabulary"), on=["model_id", "revision", "token_id"], how="left")
             .select(*by, "token_id", "token", "change")
         )
     )
@@ -159,7 +157,7 @@ def injections(store: Store, run: Manifest) -> pl.DataFrame:
     return table.join(lowered.rename({"tokens": "lowered"}), on=by, how="left").sort(by)
 
 
-def ablations(store: Store, run: Manifest) -> pl.DataFrame:
+def ablations(view: View) -> pl.DataFrame:
     """What each feature does that was active, by what changes without it.
 
     Returns:
@@ -171,7 +169,7 @@ def ablations(store: Store, run: Manifest) -> pl.DataFrame:
     """
 
     def found() -> pl.LazyFrame:
-        rows = store.scan("sae_ablations", run.run).unique(["unit_id", "ablation_id", "prompt_id", "sae", "site"])
+        rows = view.effects("sae_ablations").unique(["unit_id", "ablation_id", "prompt_id", "sae", "site"])
         rows = rows.with_columns(pl.col("prompt_id").n_unique().cast(pl.Int64).over(SAE).alias("of_prompts"))
         values = pl.col("values").list
         return (
@@ -197,7 +195,7 @@ def ablations(store: Store, run: Manifest) -> pl.DataFrame:
     return collect(found).sort(*SAE, -pl.col("effect"), total_kl, "feature", nulls_last=True)
 
 
-def activity(store: Store, run: Manifest) -> pl.DataFrame:
+def activity(view: View) -> pl.DataFrame:
     """How active each autoencoder is.
 
     Returns:
@@ -207,7 +205,7 @@ def activity(store: Store, run: Manifest) -> pl.DataFrame:
     by = [*SAE, "skipped"]
 
     def found() -> pl.LazyFrame:
-        rows = _tokens(store, run)
+        rows = _tokens(view)
         counted = pl.col("position").is_not_null()
         about = rows.group_by(by).agg(
             pl.col("prompt_id").n_unique().cast(pl.Int64).alias("texts"),
@@ -221,7 +219,7 @@ def activity(store: Store, run: Manifest) -> pl.DataFrame:
     return collect(found).sort(by)
 
 
-def features(store: Store, run: Manifest) -> pl.DataFrame:
+def features(view: View) -> pl.DataFrame:
     """How active each feature is that is active at all.
 
     Returns:
@@ -234,22 +232,21 @@ def features(store: Store, run: Manifest) -> pl.DataFrame:
         _pairs(rows)
         .group_by(*by, "feature")
         .agg(pl.len().cast(pl.Int64).alias("tokens"), value.sum().alias("sum"), value.max().alias("max"))
-        for rows in _batches(store, run)
+        for rows in _batches(view)
     ]
     each = pl.concat(parts).group_by(*by, "feature").agg(pl.col("tokens", "sum").sum(), pl.col("max").max())
-    total = collect(lambda: _tokens(store, run).group_by(by).agg(pl.col("position").count().alias("total")))
+    total = collect(lambda: _tokens(view).group_by(by).agg(pl.col("position").count().alias("total")))
     found = each.join(total, on=by).with_columns(
         (pl.col("tokens") / pl.col("total")).alias("density"), (pl.col("sum") / pl.col("tokens")).alias("mean")
     )
     return found.select(*by, "feature", "tokens", "density", "mean", "max").sort(*by, "feature")
 
 
-def examples(store: Store, run: Manifest, top: int = 10) -> pl.DataFrame:
+def examples(view: View, top: int = 10) -> pl.DataFrame:
     """The tokens at which each feature is most active, in their context.
 
     Args:
-        store: where the run is.
-        run: it.
+        view: of the run.
         top: tokens of a feature.
 
     Returns:
@@ -259,7 +256,7 @@ def examples(store: Store, run: Manifest, top: int = 10) -> pl.DataFrame:
     """
     by = [*SAE, "skipped", "feature"]
     best: pl.DataFrame | None = None
-    for rows in _batches(store, run):
+    for rows in _batches(view):
         pairs = _pairs(rows) if best is None else pl.concat([best, _pairs(rows)], how="diagonal")
         # Sorted as a whole: a group at a time would sort tens of thousands of them.
         ordered = pairs.sort("value", "prompt_id", "position", descending=[True, False, False])
@@ -269,9 +266,7 @@ def examples(store: Store, run: Manifest, top: int = 10) -> pl.DataFrame:
     table = table.cast({"rank": pl.Int64, "value": pl.Float64})
     place = ["model_id", "revision", "prompt_id"]
     named = table.select(place).unique().lazy()
-    texts = collect(
-        lambda: store.scan("prompts", run.run).join(named, on=place, how="semi").select(*place, "tokens", "text")
-    )
+    texts = collect(lambda: view.scan("prompts").join(named, on=place, how="semi").select(*place, "tokens", "text"))
     of_text = {tuple(key): (its, pieces(its, text)) for *key, its, text in texts.iter_rows()}
     seen = [
         _in_context(*of_text.get(tuple(key), ([], [])), at) for *key, at in table.select(*place, "position").iter_rows()
@@ -282,22 +277,22 @@ def examples(store: Store, run: Manifest, top: int = 10) -> pl.DataFrame:
     )
 
 
-def absent(store: Store, run: Manifest) -> pl.DataFrame:
+def absent(view: View) -> pl.DataFrame:
     """The experiments that found no autoencoder for a model: their patterns match those of other models alone.
 
     Returns:
-        One row a model and experiment: model_id, experiment, note (why); ascending.
+        One row a model and experiment: model_id, revision, experiment, note (why); ascending.
     """
-    columns = ["model_id", "experiment", "note"]
-    missing = collect(lambda: store.scan("saes", run.run).filter(pl.col("sae").is_null()).select(columns).unique())
+    columns = ["model_id", "revision", "experiment", "note"]
+    missing = collect(lambda: view.scan("saes").filter(pl.col("sae").is_null()).select(columns).unique())
     return missing.sort(columns)
 
 
-def _merged(store: Store, run: Manifest) -> Iterable[dict[str, Any]]:
+def _merged(view: View) -> Iterable[dict[str, Any]]:
     """The rows of table `sae_quality` that would be there if all texts had been one unit."""
 
     def rows() -> pl.LazyFrame:
-        return store.scan("sae_quality", run.run).unique(["unit_id", "sae", "sae_version", "site"])
+        return view.units("sae_quality").unique(["unit_id", "sae", "sae_version", "site"])
 
     # Units that were measured by other definitions are not added up.
     alike = ("skipped", "definitions")
@@ -319,18 +314,18 @@ def _named(moved: pl.DataFrame, by: list[str]) -> pl.DataFrame:
     return named.group_by(by, maintain_order=True).agg(pl.col("tokens").str.join(", "))
 
 
-def _tokens(store: Store, run: Manifest) -> pl.LazyFrame:
+def _tokens(view: View) -> pl.LazyFrame:
     """The rows of table `sae_features`, each once."""
-    return store.scan("sae_features", run.run).unique(["unit_id", "sae", "site", "prompt_id", "position"])
+    return view.units("sae_features").unique(["unit_id", "sae", "site", "prompt_id", "position"])
 
 
-def _batches(store: Store, run: Manifest) -> Iterable[pl.DataFrame]:
+def _batches(view: View) -> Iterable[pl.DataFrame]:
     """The same, as many units at a time as have `_PAIRS` active features together; there is always one batch."""
     size = pl.col("features").list.len().sum().cast(pl.Int64).alias("pairs")
-    units = collect(lambda: _tokens(store, run).group_by("unit_id").agg(size)).sort("unit_id")
+    units = collect(lambda: _tokens(view).group_by("unit_id").agg(size)).sort("unit_id")
     batches = units.group_by(pl.col("pairs").cum_sum() // _PAIRS, maintain_order=True).agg("unit_id")
     for unit_ids in batches["unit_id"].to_list() or [[]]:
-        yield collect(lambda of=unit_ids: _tokens(store, run).filter(pl.col("unit_id").is_in(of)))
+        yield collect(lambda of=unit_ids: _tokens(view).filter(pl.col("unit_id").is_in(of)))
 
 
 def _pairs(rows: pl.DataFrame) -> pl.DataFrame:

@@ -175,7 +175,7 @@ def test_tables_are_written_to_a_folder_or_one_to_a_file(folder: Path, tmp_path:
     assert callable(read)
     assert call("report", "--store", folder, f"--{kind}", tmp_path / "out").exit_code == 0
     heights = {path.name: read(path).height for path in (tmp_path / "out").iterdir()}
-    assert heights == {f"models.{kind}": 3, f"layers.{kind}": 76, f"failures.{kind}": 3}
+    assert heights == {f"models.{kind}": 3, f"answers.{kind}": 2, f"layers.{kind}": 76, f"failures.{kind}": 3}
     result = call("report", "--store", folder, f"--{kind}", tmp_path / f"one.{kind}")
     assert result.output == f"wrote {tmp_path / f'one.{kind}'}\n"
     assert read(tmp_path / f"one.{kind}")["ablations"].to_list() == [128, 24, 0]
@@ -264,7 +264,7 @@ def test_tables_of_autoencoders_are_exported(of_saes: Path, folder: Path, tmp_pa
     names = ("quality", "densities", "injections", "ablations", "activity", "features", "examples", "absent")
     assert call("report", "--store", of_saes, "--csv", tmp_path).exit_code == 0
     heights = {path.stem: pl.read_csv(path, infer_schema=False).height for path in tmp_path.iterdir()}
-    assert heights.keys() == {"models", "layers", "failures", *(f"sae_{name}" for name in names)}
+    assert heights.keys() == {"models", "answers", "layers", "failures", *(f"sae_{name}" for name in names)}
     assert (heights["sae_quality"], heights["sae_injections"], heights["sae_features"]) == (2, 30, 31)
     report = json.loads(call("report", "--store", of_saes, "--json").output)
     assert {name: len(report[name]) for name in heights} == heights

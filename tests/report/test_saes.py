@@ -11,6 +11,7 @@ import pytest
 
 import raymi.store
 from raymi.report import saes, tables
+from raymi.report.query import View
 from raymi.store import schemas
 from raymi.store.reader import Store
 from tests.rows import MODEL, REVISION, cell, take
@@ -72,7 +73,7 @@ def test_what_is_not_alike_is_not_added_up(store: Store) -> None:
     text = Tokens(np.random.default_rng(0), 9)
     others = [{"sae": "org/other"}, {"experiment": "more"}, {"definitions": "of old"}, {"model_id": "org/two"}]
     put(store, "sae_quality", text.row("u"), *(text.row(f"u{i}", **other) for i, other in enumerate(others)))
-    found = saes.quality(store, store.find())
+    found = saes.quality(View(store, store.find()))
     assert found["tokens"].to_list() == [9] * 5
 
 
@@ -80,7 +81,7 @@ def test_densities_count_features_and_the_dead_apart(store: Store) -> None:
     text = Tokens(np.random.default_rng(0), 1000)
     fired = {"fired_features": [0, 3, 4, 5], "fired_tokens": [1000, 100, 90, 1], "fired_texts": [1] * 4}
     put(store, "sae_quality", text.row("u", **fired))
-    found = saes.densities(store, store.find())
+    found = saes.densities(View(store, store.find()))
     assert found["features"].to_list() == [4, 1, 0, 0, 1, 1, 0, 1]
     assert found["at_least"].to_list() == pytest.approx([0, *(10 ** (k / 2) for k in range(-6, 1))])
     assert found["below"].to_list()[1:-1] == found["at_least"].to_list()[2:]
@@ -101,7 +102,7 @@ def test_injections_are_means_over_prompts_and_positions(store: Store) -> None:
             {"model_id": MODEL, "revision": REVISION, "token_id": 2, "token": "\n"},
         ],
     )  # fmt: skip
-    found = saes.injections(store, store.find())
+    found = saes.injections(View(store, store.find()))
     assert found.select("feature", "strength").rows() == [(3, 5.0), (3, 50.0), (4, 50.0)]
     row = only(found, feature=3, strength=50.0)
     assert (row["injections"], row["prompts"]) == (2, 2)
@@ -124,7 +125,7 @@ def test_ablated_features_are_ordered_by_their_effect_over_all_prompts(store: St
         ablated(7, "b", logit_diff=0.5, kl=9.0),
         ablated(None, "c"),
     )
-    found = saes.ablations(store, store.find())
+    found = saes.ablations(View(store, store.find()))
     assert found["feature"].to_list() == [2, 1, 7]
     row = only(found, feature=2)
     assert (row["prompts"], row["of_prompts"], row["tokens"]) == (2, 3, 3)
@@ -135,7 +136,7 @@ def test_ablated_features_are_ordered_by_their_effect_over_all_prompts(store: St
 
 def test_without_an_answer_the_divergence_orders_them(store: Store) -> None:
     put(store, "sae_ablations", ablated(1, "a", kl=0.3), ablated(2, "a", kl=0.2), ablated(2, "b", kl=0.2))
-    found = saes.ablations(store, store.find())
+    found = saes.ablations(View(store, store.find()))
     assert found.select("feature", "effect").rows() == [(2, None), (1, None)]
 
 
@@ -160,10 +161,10 @@ def test_activity_counts_tokens_without_features_and_texts_without_tokens(store:
 
 def test_an_autoencoder_that_was_never_active_has_a_row(store: Store) -> None:
     put(store, "sae_features", seen("a", 1, {}), seen("a", 2, {}))
-    row = only(saes.activity(store, store.find()))
+    row = only(saes.activity(View(store, store.find())))
     assert (row["tokens"], row["mean_l0"], row["features"]) == (2, 0.0, 0)
-    assert saes.features(store, store.find()).is_empty()
-    assert saes.examples(store, store.find()).is_empty()
+    assert saes.features(View(store, store.find())).is_empty()
+    assert saes.examples(View(store, store.find())).is_empty()
 
 
 def test_examples_show_the_strongest_tokens_in_their_context(store: Store) -> None:
@@ -176,7 +177,7 @@ def test_examples_show_the_strongest_tokens_in_their_context(store: Store) -> No
         seen("lost", 1, {3: 50.0}),
         prompts=[text("a", words), text("b", ["Hello", " there"])],
     )
-    found = saes.examples(store, store.find(), top=4)
+    found = saes.examples(View(store, store.find()), top=4)
     of_3 = found.filter(feature=3)
     assert of_3.select("rank", "prompt_id", "position", "value").rows() == [
         (1, "b", 1, 100.0),
@@ -203,12 +204,12 @@ def test_batches_of_units_give_what_all_units_together_give(store: Store, monkey
         for at in range(25)
     ]
     put(store, "sae_features", *rows, seen("b", 1, {}, unit_id="f9"), prompts=[text("a", ["x"] * 25)])
-    run = store.find()
-    whole = saes.features(store, run), saes.examples(store, run, top=3), saes.activity(store, run)
+    view = View(store, store.find())
+    whole = saes.features(view), saes.examples(view, top=3), saes.activity(view)
     monkeypatch.setattr(saes, "_PAIRS", 20)
-    assert len(list(saes._batches(store, run))) > 2
-    assert saes.examples(store, run, top=3).equals(whole[1])
-    pl.testing.assert_frame_equal(saes.features(store, run), whole[0])
+    assert len(list(saes._batches(view))) > 2
+    assert saes.examples(view, top=3).equals(whole[1])
+    pl.testing.assert_frame_equal(saes.features(view), whole[0])
     # And both are what the rows say.
     values = sorted(
         (value, row["position"])
@@ -261,12 +262,13 @@ def test_models_without_knockouts_are_summed_up_too(store: Store) -> None:
     row = only(tables.report(store).models)
     assert (row["model_id"], row["experiment"], row["ablations"]) == (MODEL, None, 0)
     assert (row["revision"], row["dtype"], row["engine"]) == (REVISION, "float32", "cone")
-    assert (row["prompts"], row["answer_prob"], row["answer_top1"]) == (1, 0.5, 1.0)
+    answers = only(tables.report(store).answers)
+    assert (answers["prompts"], answers["answer_prob"], answers["answer_top1"]) == (1, 0.5, 1.0)
 
 
 def test_a_run_without_autoencoders_has_empty_tables_of_the_same_columns(store: Store) -> None:
     put(store, "ablations", cell("k", 0))
-    empty = saes.saes(store, store.find()).tables
+    empty = saes.saes(View(store, store.find())).tables
     assert all(frame.is_empty() for frame in empty.values())
     put(
         store,
@@ -278,6 +280,6 @@ def test_a_run_without_autoencoders_has_empty_tables_of_the_same_columns(store: 
         prompts=[text("a", ["x", "y"])],
         saes=[{"model_id": "org/other", "revision": REVISION, "experiment": "quality", "note": "none fits"}],
     )
-    full = saes.saes(store, store.find()).tables
+    full = saes.saes(View(store, store.find())).tables
     assert {name: frame.schema for name, frame in empty.items()} == {n: frame.schema for n, frame in full.items()}
     assert all(not frame.is_empty() for frame in full.values())

@@ -13,7 +13,7 @@ from raymi.store import schemas
 from raymi.store.layout import slug
 from raymi.store.reader import Store
 from raymi.store.writer import Run
-from tests.rows import MODEL, MOMENT, cell, failure, loaded, take, verified
+from tests.rows import MODEL, MOMENT, REVISION, cell, failure, loaded, take, verified
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def only(frame: pl.DataFrame) -> dict[str, Any]:
 
 def test_a_model_is_summed_up(store: Store) -> None:
     with take(store) as run:
-        run.manifest.freeze_commits({MODEL: "r"})
+        run.manifest.freeze_commits({MODEL: REVISION})
         run.add("models", "m", loaded(load_seconds=9.0, loaded_at=MOMENT + timedelta(hours=1)))
         run.add("models", "m", loaded(load_seconds=1.0))
         put(
@@ -169,7 +169,7 @@ def test_runs_say_how_they_stand(store: Store) -> None:
     take(store, "done-1").close("done")
     take(store, "failed-1").close("failed")
     with take(store, "stopped-1") as run:
-        run.manifest.freeze_commits({MODEL: "r", "org/other": "r"})
+        run.manifest.freeze_commits({MODEL: REVISION, "org/other": "r"})
         put(run, cell("a", 0), cell("b", 0))
     killed = take(store, "killed-1")
     killed._heart.stop()
@@ -336,7 +336,7 @@ def test_a_model_s_line_has_what_its_rows_rest_on(
     store: Store, loads: list[tuple[str, pa.Table]], rows: list[str], line: Any, differed: list[Any]
 ) -> None:
     with take(store) as run:
-        run.manifest.freeze_commits({MODEL: "r"})
+        run.manifest.freeze_commits({MODEL: REVISION})
         put(run, *(cell(engine, 0, engine=engine) for engine in rows))
         run.add("verifications", "other", verified("cone", 0.03, 0.125, model="org/other"))
         run.add("models", "other", loaded("org/other"))

@@ -1,0 +1,131 @@
+"""Stored units that the plan does not name any more: which they are, and why, in words."""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import polars as pl
+
+from raymi.experiments.knockout.spec import Ablation
+from raymi.experiments.sae.spec import Injection, SaeRef
+from raymi.plan import Unit
+from raymi.store.reader import Store
+from raymi.store.schemas import UNIT_TABLES
+
+
+@dataclass(frozen=True, slots=True)
+class StoredUnit:
+    """A unit as its rows tell of it."""
+
+    experiment: str
+    prompts: frozenset[str]
+    """Ids; empty where rows do not say them (sums over texts)."""
+    heads: Mapping[int, frozenset[int]]
+    """Layer -> heads that were cut one at a time."""
+    saes: frozenset[tuple[str, str, str]]
+    """(Name, version, site) of its autoencoders."""
+    superseded: bool = False
+    """As last noticed."""
+
+
+def stored_units(store: Store, run: str) -> dict[tuple[str, str], dict[str, StoredUnit]]:
+    """The units of a run, by model id and revision, and then by their id."""
+    notices = store.scan("superseded", run).sort("noticed_at", maintain_order=True).collect()
+    gone = {row["unit_id"] for row in notices.iter_rows(named=True) if row["why"] is not None}
+    gone -= {
+        unit
+        for (unit,), its in notices.group_by(["unit_id"], maintain_order=True)
+        if its["why"].is_null()[-1]  # it came back
+    }
+    of_unit = ["model_id", "revision", "experiment", "unit_id"]
+    found: dict[tuple[str, str], dict[str, StoredUnit]] = {}
+    for table in UNIT_TABLES:
+        rows = store.scan(table, run)
+        has = rows.collect_schema().names()
+        parts: dict[str, pl.Expr] = {}
+        if "prompt_id" in has:
+            parts["prompts"] = pl.col("prompt_id").unique()
+        if table == "ablations":
+            parts["cells"] = pl.struct("layer", "head").unique()
+        if "sae" in has:
+            parts["saes"] = pl.struct("sae", "sae_version", "site").unique()
+        for row in rows.group_by(of_unit).agg(**parts).collect().iter_rows(named=True):
+            heads: defaultdict[int, set[int]] = defaultdict(set)
+            for cell in row.get("cells", ()):
+                if cell["layer"] is not None and cell["head"] is not None:
+                    heads[cell["layer"]].add(cell["head"])
+            found.setdefault((row["model_id"], row["revision"]), {})[row["unit_id"]] = StoredUnit(
+                row["experiment"],
+                frozenset(row.get("prompts", ())),
+                {layer: frozenset(its) for layer, its in heads.items()},
+                frozenset((each["sae"], each["sae_version"], each["site"]) for each in row.get("saes", ())),
+                row["unit_id"] in gone,
+            )
+    return found
+
+
+def notices(
+    stored: Mapping[str, StoredUnit],
+    planned: Sequence[Unit],
+    experiments: Collection[str],
+    wanted: Collection[str],
+    *,
+    complete: bool,
+) -> list[dict[str, Any]]:
+    """What is to be noted in table `superseded` of one model: experiment, unit_id, why (null: it counts again).
+
+    Args:
+        stored: the units in the store, by id.
+        planned: all units of the model, those of prompts that the job has no longer among them.
+        experiments: names of those that were planned: what is stored of others is left alone.
+        wanted: ids of the texts that the job measures: a unit that holds none of them is left alone.
+        complete: whether all texts were planned that the run ever had; if not, what does not say its texts is left
+            alone.
+    """
+    ids = {unit.unit_id for unit in planned}
+    moment = datetime.now(UTC)
+    found: list[dict[str, Any]] = []
+    for unit_id, unit in stored.items():
+        if unit.experiment not in experiments or (unit_id in ids) == (not unit.superseded):
+            continue
+        why = None
+        if unit_id not in ids:
+            if not (unit.prompts & set(wanted) if unit.prompts else complete):
+                continue
+            why = reason(unit, [each for each in planned if each.experiment == unit.experiment])
+        found.append({"experiment": unit.experiment, "unit_id": unit_id, "why": why, "noticed_at": moment})
+    return found
+
+
+def reason(unit: StoredUnit, planned: Iterable[Unit]) -> str:
+    """Why a unit is not among those that are planned of its experiment."""
+    heads: defaultdict[int, set[int]] = defaultdict(set)
+    saes: set[SaeRef] = set()
+    for _, works in (item for each in planned for item in each.items):
+        for work in works:
+            match work:
+                case Ablation():
+                    for layer in work.layers:
+                        heads[layer].update(work.heads or ())
+                case Injection():
+                    saes.add(work.sae)
+                case SaeRef():
+                    saes.add(work)
+    by_name = {sae.name: sae for sae in saes}
+    for name, version, site in sorted(unit.saes):
+        if name not in by_name:
+            return f"{name} is not among the autoencoders of this experiment any more"
+        now = by_name[name]
+        if not any((sae.name, sae.site) == (name, site) for sae in saes):
+            return f"{name} was measured at {site}, and belongs at {now.site}"
+        if not any((sae.name, sae.version) == (name, version) for sae in saes):
+            return f"{name} was measured as of {version[:12]}, and is now at {now.version[:12]}"
+    if unit.saes:
+        return f"what {', '.join(sorted({name for name, _, _ in unit.saes}))} is given or stands for has changed"
+    for layer, cut in sorted(unit.heads.items()):
+        if not cut <= heads[layer]:
+            return f"layer {layer} has {len(heads[layer])} heads to cut, without head {min(cut - heads[layer])}"
+    # A unit ends where the rule of cutting says: heads more in one layer move all that come behind.
+    return "what its experiment measures of these prompts has changed, and is cut into other units"

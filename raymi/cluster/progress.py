@@ -121,15 +121,19 @@ def _short(status: Status, before: int) -> str:
     words: str = status.phase
     if status.phase == "running" and status.seconds_left is not None:
         words = f"{duration(status.seconds_left)} left"
-    count = "" if status.units is None else f"{before + status.ablations_done:,}/{before + status.ablations:,} "
+    stored = f"{before:,} stored, " if before else ""
+    count = "" if status.units is None else f"{stored}{status.ablations_done:,}/{status.ablations:,} "
     return f"{count}{words}" + (f", {status.failed:,} failed" if status.failed else "")
 
 
 def _words(status: Status, before: int) -> str:
     parts: list[str] = [status.phase]
     if status.units is not None:
-        done, total = before + status.ablations_done, before + status.ablations
-        parts = [f"{done:,} of {total:,} measured", *([] if status.phase == "running" else parts)]
+        # What earlier commands have stored was not measured by this one.
+        stored = [f"{before:,} stored before"] if before else []
+        measured = f"{status.ablations_done:,} of {status.ablations:,} measured"
+        now = [measured] if status.ablations or not before else []
+        parts = [*stored, *now, *([] if status.phase == "running" else parts)]
     if status.failed:
         parts.append(f"{status.failed:,} unit{'' if status.failed == 1 else 's'} failed")
     if status.phase == "running" and status.seconds_left is not None:

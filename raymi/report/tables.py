@@ -107,9 +107,9 @@ def per_model(view: View, failures: pl.DataFrame) -> pl.DataFrame:
         strongest_kl), closed (cells that cut nothing, as the model's own mask had closed them: they count as ablations
         and in nothing else); prompts, answer_prob and answer_top1 as in `per_answer`, null where there is none; and of
         the model, over all its experiments, also those with autoencoders: testbeds (that measured its rows; those
-        of older versions, which do not say, count as one), engine (how it was measured: cone, layers, full), verified (what was measured
-        twice when it was loaded, by the way it then went; what differed and was not gone on with is in
-        `mismatches`), agreed (of those), verified_error, verified_tolerance and verified_effect (the largest
+        of older versions, which do not say, count as one), engine (how it was measured: cone, layers, full),
+        verified (what was measured twice when it was loaded, by the way it then went; what differed and was not gone on
+        with is in `mismatches`), agreed (of those), verified_error, verified_tolerance and verified_effect (the largest
         difference, what would have been noise, and the largest effect, in logits), why_not_cone (found when the model
         was loaded; empty where it is measured by the cone), fallbacks (how often something took full forwards all
         the same) and fallback (the first time, and why), load_seconds, failures.

@@ -125,7 +125,7 @@ def test_an_added_prompt_and_an_added_model_bring_only_their_rows(run: Run):
     assert set(first["unit_id"]) < set(rows()["unit_id"])
     add_model(Path("cache"), "org/two")
     said = run()
-    assert "org/one: 16 of 16 measured, done" in said.err
+    assert "org/one: 16 stored before, done" in said.err
     assert rows().height == 32
     assert rows("models").height == 3  # two loads of the first: one for each of its prompts
     assert rows()["ablation_id"].n_unique() == 32

@@ -13,17 +13,20 @@ def status(phase="running", units=10, done=5, failed=0, replicas=1, seconds_left
     return Status(phase, units, done, failed, 20 * (units or 0), 20 * done, replicas, seconds_left)
 
 
+BEFORE = "m: 100 stored before, "
+
+
 @pytest.mark.parametrize(
     ("statuses", "lines"),
     [
         ([status("waiting", None, 0)], []),
         ([status("tokenising", None, 0, seconds_left=None)], ["m: tokenising"]),
-        ([status("loading", done=0)], ["m: 100 of 300 measured, loading"]),
-        ([status()], ["m: 200 of 300 measured, 1 min 30 s left"]),
-        ([status(replicas=2, failed=1)], ["m: 200 of 300 measured, 1 unit failed, 1 min 30 s left, 2 replicas"]),
-        ([status(), status(done=6)], ["m: 200 of 300 measured, 1 min 30 s left"]),  # the next line is not due yet
+        ([status("loading", done=0)], [BEFORE + "0 of 200 measured, loading"]),
+        ([status()], [BEFORE + "100 of 200 measured, 1 min 30 s left"]),
+        ([status(replicas=2, failed=1)], [BEFORE + "100 of 200 measured, 1 unit failed, 1 min 30 s left, 2 replicas"]),
+        ([status(), status(done=6)], [BEFORE + "100 of 200 measured, 1 min 30 s left"]),  # the next line is not due yet
         ([status(), status("done", done=10)],
-         ["m: 200 of 300 measured, 1 min 30 s left", "m: 300 of 300 measured, done"]),
+         [BEFORE + "100 of 200 measured, 1 min 30 s left", BEFORE + "200 of 200 measured, done"]),
     ],
 )  # fmt: skip
 def test_lines(capsys, statuses, lines):
@@ -52,7 +55,7 @@ def test_bars_are_one_a_model_and_what_is_said_stands_above_them():
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "a: [red] herring" in text
     last = text.split("\x1b[2K")[-1] + text
-    assert "300/300 done" in last
+    assert "100 stored, 200/200 done" in last
     assert "failed" in last
     assert all(len(line) < 80 for line in last.splitlines() if "\x1b" not in line)
 

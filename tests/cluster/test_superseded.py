@@ -1,0 +1,98 @@
+"""Stored units that the plan does not name any more: noted with the reason, and only those."""
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+import raymi.store
+from raymi.cluster.superseded import StoredUnit, notices, reason
+from raymi.experiments.knockout.spec import Ablation
+from raymi.experiments.sae.spec import SaeRef
+from raymi.plan import Unit
+from raymi.report import tables
+from tests.cli.test_run import PARIS, ROME, Run, folder, run, write_job  # noqa: F401
+from tests.fakes import add_model
+
+SAE = SaeRef("org/sae", "org/sae@1", "1" * 40, "blocks.0.mlp.hook_out", None, 8)
+
+
+def unit(*work: Any, unit_id: str = "now", experiment: str = "e") -> Unit:
+    return Unit(unit_id, experiment, (("p", work),), 0)
+
+
+def stored(heads: dict[int, set[int]] | None = None, saes: Any = (), **more: Any) -> StoredUnit:
+    of = {layer: frozenset(its) for layer, its in (heads or {}).items()}
+    return StoredUnit("e", frozenset({"p"}), of, frozenset(saes), **more)
+
+
+def rows(table: str) -> pl.DataFrame:
+    return raymi.store.open("store").scan(table).collect()
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "said"),
+    [
+        (
+            stored(saes=[("org/sae", "1" * 40, "blocks.0.hook_mlp_out")]),
+            SAE,
+            "measured at blocks.0.hook_mlp_out, and belongs at blocks.0.mlp.hook_out",
+        ),
+        (
+            stored(saes=[("org/sae", "2" * 40, SAE.site)]),
+            SAE,
+            "measured as of 222222222222, and is now at 111111111111",
+        ),
+        (stored(saes=[("org/other", "1" * 40, SAE.site)]), SAE, "org/other is not among the autoencoders"),
+        (stored({0: {0, 7}}), Ablation((0,), (0,), ((1, 0),)), "layer 0 has 1 heads to cut, without head 7"),
+        (stored({0: {0}}), Ablation((0,), (0,), ((1, 0),)), "cut into other units"),
+    ],
+)
+def test_the_reason_is_said(was: StoredUnit, now: Any, said: str):
+    assert said in reason(was, [unit(now)])
+
+
+def test_only_what_is_planned_otherwise_is_noted():
+    planned, ask = [unit(SAE)], {"experiments": ["e"], "wanted": ["p"], "complete": True}
+    assert notices({"now": stored()}, planned, **ask) == []
+    [found] = notices({"old": stored()}, planned, **ask)
+    assert (found["unit_id"], found["experiment"]) == ("old", "e")
+    # Of an experiment or prompts that the job has not, nothing is known.
+    assert notices({"old": stored()}, planned, **(ask | {"experiments": ["other"]})) == []
+    assert notices({"old": stored()}, planned, **(ask | {"wanted": ["q"]})) == []
+    # It is noted once, and once more when it comes back.
+    assert notices({"old": stored(superseded=True)}, planned, **ask) == []
+    [back] = notices({"now": stored(superseded=True)}, planned, **ask)
+    assert back["why"] is None
+
+
+def test_a_run_notes_what_it_plans_otherwise_now(run: Run, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    add_model(Path("cache"), "org/one")
+    assert run().code == 0
+    before = rows("ablations")
+    # As if what units are made of had changed: all of them have other names.
+    monkeypatch.setattr("raymi.plan.UNIT_VERSION", 99)
+    said = run()
+    assert said.code == 0, said.err
+    noted = rows("superseded")
+    assert set(noted["unit_id"]) == set(before["unit_id"])
+    assert set(noted["revision"]) == set(before["revision"])
+    assert rows("ablations").height == 2 * before.height
+    report = tables.report(raymi.store.open("store"))
+    assert report.models["ablations"].to_list() == [before.height]
+    assert report.left_out.superseded["rows"].sum() == before.height
+    assert "not planned any more" in said.out
+    assert run().code == 0
+    assert rows("superseded").height == noted.height, "once is enough"
+
+
+def test_nothing_is_superseded_by_less(run: Run):  # noqa: F811
+    add_model(Path("cache"), "org/one")
+    add_model(Path("cache"), "org/two")
+    write_job(prompts=[PARIS, ROME])
+    assert run().code == 0
+    write_job(prompts=[PARIS])
+    for less in ((), ("--models", "org/two"), ("--set", "unit_ablations=3"), ("--set", "engine=full")):
+        assert run(*less).code == 0
+    assert rows("superseded").is_empty()

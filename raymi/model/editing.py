@@ -133,6 +133,8 @@ def place(block: Block, site: str) -> tuple[nn.Module, bool]:
         "hook_resid_post": (block.resid, False),
         "hook_attn_out": (block.attn_out, False),
         "hook_mlp_out": (block.mlp_out, False),
+        "attn.hook_out": (block.attn_module, False),
+        "mlp.hook_out": (block.mlp_module, False),
         "attn.hook_z": (block.z, True),
         "ln2.hook_normalized": (block.mlp_in, True),
     }
@@ -142,5 +144,5 @@ def place(block: Block, site: str) -> tuple[nn.Module, bool]:
     if module is None and site == "attn.hook_z" and block.attn_out is not None:
         raise NoSuchPlace(f"no {site}: its heads' outputs are not side by side anywhere")
     if module is None:
-        raise NoSuchPlace(f"no {site}: {block.why or 'the family computes attention and MLP side by side'}")
+        raise NoSuchPlace(f"no {site}: {block.why or block.reasons.get(site, 'it was not found')}")
     return module, is_input

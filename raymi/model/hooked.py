@@ -18,6 +18,7 @@ from raymi.model.attention import NAME, Cut, Edges, HeadShape, Prefix, Tap, atta
 from raymi.model.described import heads_by_layer, largest, shows_its_masks, usual_heads
 from raymi.model.edited_mask import edited_masks
 from raymi.model.editing import SiteEdits, place
+from raymi.model.finding import blocks
 from raymi.model.interventions import EDITABLE, Edit, Intervention, Mask
 from raymi.model.linear import linear_layers
 from raymi.model.sites import (
@@ -26,7 +27,6 @@ from raymi.model.sites import (
     NoSuchPlace,
     Site,
     backbone,
-    blocks,
     decoder_layers,
     first_tensor,
     hidden_input,
@@ -422,8 +422,9 @@ class HookedModel:
     ) -> None:
         def given(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             value = hidden_input(args, kwargs).reshape(*shape, -1).clone()
-            by_head = site.layer is not None and site.name == "attn.hook_z"
-            cache[str(site)] = value.unflatten(-1, (self.heads(site.layer), -1)) if by_head else value
+            if site.layer is not None and site.name == "attn.hook_z":
+                value = value.unflatten(-1, (self.heads(site.layer), -1))
+            cache[str(site)] = value
             then()
 
         def gave(_: nn.Module, __: tuple[object, ...], output: object) -> None:

@@ -12,7 +12,15 @@ from typing import ClassVar, cast
 
 from torch import Tensor
 
-EDITABLE = ("hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z")
+EDITABLE = (
+    "hook_resid_pre",
+    "hook_resid_post",
+    "hook_attn_out",
+    "hook_mlp_out",
+    "attn.hook_out",
+    "mlp.hook_out",
+    "attn.hook_z",
+)
 """Sites, after `blocks.{layer}.`, that can be changed. In place of `hook_resid_mid`, change what is added there."""
 BY_HEAD = "attn.hook_z"
 """The one of them whose heads can be changed by themselves."""

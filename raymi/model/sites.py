@@ -10,11 +10,8 @@ Legend: B rows, T positions, D hidden size, H heads, W head width.
 import difflib
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 Hook = Callable[..., object]
@@ -26,13 +23,17 @@ NAMES = (
     "hook_resid_post",
     "hook_attn_out",
     "hook_mlp_out",
+    "attn.hook_out",
+    "mlp.hook_out",
     "ln2.hook_normalized",
     "attn.hook_z",
     *(f"attn.hook_{name}" for name in IN_ATTENTION),
 )
 """What follows `blocks.{layer}.`; the embedding is `hook_embed`, and has no layer.
 
-`ln2.hook_normalized` is what the MLP is fed, whatever norm it comes from, and the norm's weights are in it.
+`hook_attn_out` and `hook_mlp_out` are what is added to the residual stream; `attn.hook_out` and `mlp.hook_out` are what
+the modules give by themselves, before any post-norm or multiplier. `ln2.hook_normalized` is what the MLP is fed,
+whatever norm it comes from, and the norm's weights are in it.
 """
 
 
@@ -102,12 +103,18 @@ class Block:
     z: nn.Module | None = None
     """The attention's output projection: its input is z."""
     attn_out: nn.Module | None = None
+    """Its output is what attention adds to the residual stream."""
     mlp_out: nn.Module | None = None
+    attn_module: nn.Module | None = None
+    """Its output is the attention's own, before a post-norm."""
+    mlp_module: nn.Module | None = None
     resid_mid: nn.Module | None = None
     """The module whose input is the residual stream between attention and MLP."""
     mlp_in: nn.Module | None = None
     """The MLP's first matrix: its input is what the MLP is fed."""
     why: str = ""
+    reasons: dict[str, str] = field(default_factory=dict[str, str])
+    """Name of a site -> why this one is not here, where that is not `why`."""
 
 
 def decoder_layers(model: nn.Module, n_layers: int, run: Callable[[], object]) -> list[nn.Module]:
@@ -164,133 +171,3 @@ def backbone(model: nn.Module, layers: list[nn.Module], run: Callable[[], object
     if not called:
         raise NoSuchPlace(f"{type(model).__name__} has no part that returns the last hidden states")
     return called[-1]  # the outermost returns last
-
-
-@dataclass(slots=True)
-class _Call:
-    module: nn.Module
-    given: Tensor
-    gave: Tensor
-
-
-@dataclass(slots=True)
-class _Trace:
-    """What one layer's children were given and gave, in order."""
-
-    given: Tensor | None = None
-    gave: Tensor | None = None
-    children: list[_Call] = field(default_factory=list[_Call])
-    leaves: list[_Call] = field(default_factory=list[_Call])
-    """Modules with a weight and no parts: projections and norms, wherever in the layer they are."""
-
-
-def blocks(
-    layers: list[nn.Module], attention: Callable[[int], nn.Module | None], run: Callable[[], object]
-) -> list[Block]:
-    """The places in every layer, found by watching one short forward.
-
-    Args:
-        layers: the decoder layers.
-        attention: layer -> its attention module, None where it has none.
-        run: runs a short forward.
-    """
-    traces = [_Trace() for _ in layers]
-    handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def watch(module: nn.Module, calls: list[_Call]) -> None:
-        def hook(called: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
-            # What is called without hidden states, such as a rotary embedding, is no place of the residual stream.
-            with suppress(NoSuchPlace):
-                # Copies: some families go on to add to an output in place.
-                calls.append(_Call(called, hidden_input(args, kwargs).clone(), first_tensor(output).clone()))
-
-        handles.append(module.register_forward_hook(hook, with_kwargs=True))
-
-    whole: list[list[_Call]] = [[] for _ in layers]
-    for index, layer in enumerate(layers):
-        watch(layer, whole[index])
-        for child in layer.children():
-            watch(child, traces[index].children)
-        for leaf in layer.modules():
-            if next(leaf.children(), None) is None and getattr(leaf, "weight", None) is not None:
-                watch(leaf, traces[index].leaves)
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    for trace, calls in zip(traces, whole, strict=True):
-        if calls:
-            trace.given, trace.gave = calls[0].given, calls[0].gave
-    return [_block(layer, attention(index), traces[index]) for index, layer in enumerate(layers)]
-
-
-def _block(layer: nn.Module, attention: nn.Module | None, trace: _Trace) -> Block:
-    block = Block(layer, attention)
-    if trace.given is None or trace.gave is None:
-        raise NoSuchPlace("a decoder layer was not called with hidden states as its first argument")
-    if trace.given.dim() == 3 and trace.gave.shape == trace.given.shape:
-        block.resid = layer
-    if attention is None:
-        block.why = "this layer has no attention"
-        return block
-    parts = set(attention.modules())
-    of_attention = [call for call in trace.leaves if call.module in parts]
-    # The last matrix: a norm may follow it inside the attention (BERT's), and is no place of heads.
-    projections = [call for call in of_attention if cast(Tensor, call.module.weight).dim() == 2]
-    inside = [i for i, call in enumerate(trace.children) if attention in set(call.module.modules())]
-    if not projections or not inside:
-        block.why = "its attention is not a part of its own in the layer"
-        return block
-    if projections[-1].given.shape[:-1] == trace.given.shape[-3:-1]:  # experts may be handed tokens in another order
-        block.z = projections[-1].module
-    start = inside[0] + 1
-    after_z = trace.leaves[trace.leaves.index(of_attention[-1]) + 1 :]
-    # The outermost place that fits: a whole attention (or its post-norm) before the projection inside of it, which is
-    # what remains where a family adds the residual stream inside its attention.
-    attns = [*_and_what_follows(trace.children, start - 1), of_attention[-1], projections[-1]]
-    # A dropout that serves attention and MLP alike is no place of either.
-    mlps = [call for call in (*reversed(trace.children[start:]), *reversed(after_z)) if _called_once(call, trace)]
-    for attn in attns:
-        for mlp in mlps:
-            if mlp.module is not attn.module and _close(_sum(trace.given, attn.gave, mlp.gave), trace.gave):
-                block.attn_out, block.mlp_out = attn.module, mlp.module
-                middle = _sum(trace.given, attn.gave)
-                found = [c.module for c in trace.children[start:] if _close(c.given, middle)]
-                block.resid_mid = found[0] if found else None
-                block.mlp_in = _first_matrix(after_z, trace.given)
-                return block
-    block.why = "what its attention and its MLP add to the residual stream does not sum to its output"
-    return block
-
-
-def _first_matrix(leaves: list[_Call], given: Tensor) -> nn.Module | None:
-    """A gate, a router or whatever else is first to multiply all that a layer's MLP is fed."""
-    found = (c.module for c in leaves if cast(Tensor, c.module.weight).dim() == 2 and c.given.numel() == given.numel())
-    return next(found, None)
-
-
-def _called_once(call: _Call, trace: _Trace) -> bool:
-    return sum(other.module is call.module for other in trace.children) <= 1
-
-
-def _sum(first: Tensor, *others: Tensor) -> Tensor | None:
-    """The sum in the shape of the first (some families flatten rows and positions), None where that cannot be."""
-    if any(other.numel() != first.numel() for other in others):
-        return None
-    return first + sum(other.view_as(first) for other in others)
-
-
-def _close(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None or a.numel() != b.numel():
-        return False
-    tolerance = 1e-4 if a.dtype == torch.float32 else 3e-2
-    a, b = a.float().flatten(), b.float().flatten()
-    return float((a - b).abs().max()) <= tolerance * float(b.abs().max())
-
-
-def _and_what_follows(children: list[_Call], start: int) -> list[_Call]:
-    """The attention's call, then that of the post-norm which is fed with its output, if any."""
-    attn = children[start]
-    fed = [c for c in children[start + 1 :] if c.given.shape == attn.gave.shape and torch.equal(c.given, attn.gave)]
-    return [attn, *fed[:1]]

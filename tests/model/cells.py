@@ -69,6 +69,10 @@ _NO_PARTS = (
 """Families of which no module gives what attention or MLP add to the residual stream, at least not in every layer."""
 
 
+_ITSELF = ("gemma2", "gemma3_text", "olmo2", "exaone4", "glm4")
+"""Post-norm families, whose attention and MLP have Llama's names; a norm makes of what they give what is added."""
+
+
 def sites(family: str) -> tuple[str, ...]:
     """What can be changed in a family, and is by these tests."""
     if family == "gemma3n_text":
@@ -76,12 +80,16 @@ def sites(family: str) -> tuple[str, ...]:
     not_there = {"hook_attn_out", "hook_mlp_out"} if family in _NO_PARTS else set[str]()
     if family == "jetmoe":
         not_there = {"attn.hook_z"}  # experts project the output
+    if family not in _ITSELF and family in (*_NAMES, *_NO_PARTS) and family not in ("granite", "afmoe"):
+        not_there = not_there | {"attn.hook_out", "mlp.hook_out"}  # `tests/model/test_sites.py` has them
     return tuple(site for site in EDITABLE if site not in not_there)
 
 
 def module(model: nn.Module, family: str, layer: int, site: str) -> nn.Module:
     layers, attention, mlp, z = _NAMES.get(family, _LLAMA)
     inside = {"hook_attn_out": attention, "hook_mlp_out": mlp, "attn.hook_z": z}.get(site)
+    if site in ("attn.hook_out", "mlp.hook_out"):
+        inside = {"attn.hook_out": "self_attn", "mlp.hook_out": "mlp"}[site]
     return model.get_submodule(f"{layers}.{layer}" + (f".{inside}" if inside else ""))
 
 

@@ -331,7 +331,7 @@ def test_what_cannot_be_written(site: str, shape: Sequence[int], why: str, hooke
 
 
 def test_sites_that_are_not_there(hooked: Hooked):
-    with pytest.raises(UnknownSite, match=r"did you mean 'blocks\.1\.hook_mlp_out'"):
+    with pytest.raises(UnknownSite, match=r"did you mean 'blocks\.1\.mlp\.hook_out'"):
         Restart(hooked("llama"), prompt(), ["blocks.1.mlp_out"])
     with pytest.raises(NoSuchPlace, match="granite has at layer 1 no hook_attn_out"):
         Restart(hooked("granite"), prompt(), ["blocks.1.hook_attn_out"])

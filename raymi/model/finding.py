@@ -97,7 +97,9 @@ def _watch(
 
     def shake(_: nn.Module, __: Any, output: Any) -> Any:
         changed = first_tensor(output) + random_like(first_tensor(output))
-        return changed if isinstance(output, Tensor) else (changed, *output[1:])
+        if hasattr(output, "_replace"):  # a tuple with names
+            return type(output)(changed, *output[1:])
+        return changed if isinstance(output, Tensor) else type(output)([changed, *output[1:]])
 
     def turn(value: Tensor) -> Callable[..., Any]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -236,7 +238,7 @@ class _Layer:
         else:
             [(self.attn, self.mlp)] = found
             self.attn_module = self._itself(self.attn, [*self.around, *filter(None, [self.block.attention])])
-            self.mlp_module = self._itself(self.mlp, list(self.block.module.children()))
+            self.mlp_module = self._itself(self.mlp, [c for c in self.block.module.children() if c not in self.around])
 
     def _places(self) -> list[_Place]:
         """All modules that give as much as the layer is given, those of equal numbers together."""
@@ -304,7 +306,25 @@ class _Layer:
             if not before or before[0].order >= place.order:
                 return None
             place = before[0]
+        while (earlier := self._fed_by_another(place, places)) is not None:
+            place = earlier
         return place if set(whole) & set(place.modules) else None
+
+    def _fed_by_another(self, place: _Place, places: Sequence[_Place]) -> _Place | None:
+        """A part of the layer with matrices, whose output is all that another is fed: that is a filter behind it."""
+        children = set(self.block.module.children())
+        for child in children & set(place.modules):
+            plain, small = self.plain.once(child), self.small.once(child)
+            if plain is None or small is None or plain.given is None or small.given is None:
+                continue
+            for each in places:
+                parts = [module for module in each.modules if module in children and _multiplies(module)]
+                same = _same(self._gave(self.small, each), small.given) and _same(
+                    self._gave(self.plain, each), plain.given
+                )
+                if parts and each.order < place.order and same:
+                    return each
+        return None
 
     def _find_multiples(self) -> None:
         """Both, where the layer adds them multiplied by some constant."""
@@ -341,6 +361,7 @@ class _Layer:
             x.flatten().cpu().double()
             for x in (self._given(trace), self._gave_of(trace), self._gave(trace, attn), self._gave(trace, mlp))
         )
+        looking = factors is None
         if factors is None:
             if not all(bool(x.isfinite().all()) for x in (given, gave, a, m)):
                 return None
@@ -349,6 +370,8 @@ class _Layer:
         parts = factors[0] * a, factors[1] * m
         last_digit = torch.finfo(self._gave_of(trace).dtype).eps
         room = 4 * last_digit * sum(part.abs() for part in (given, gave, *parts))
+        if looking and not all(bool((part.abs() > room).any()) for part in parts):
+            return None  # what adds nothing could be anything
         return factors if bool(((given + parts[0] + parts[1] - gave).abs() <= room).all()) else None
 
     # -- proof -------------------------------------------------------------------------------------------------------
@@ -402,15 +425,16 @@ class _Layer:
 
     def fed(self) -> Tensor | None:
         """In the small stream, what the first matrix outside the attention is fed: the MLP's input, if it is."""
-        end = self.mlp or self.mlp_module
+        end = self.mlp_module or self.mlp
         if end is None:
             return None
         size = self._given(self.small).numel()
+        behind = {part for module in (self.attn.modules if self.attn else ()) for part in module.modules()}
         for module in self.small.calls:
             call = self.small.once(module)
             if call is None or call.given is None or call.given.numel() != size or not _multiplies(module):
                 continue
-            if module in self.parts or module in self.around:
+            if module in self.parts or module in self.around or module in behind:
                 continue
             self.first = module
             return call.given
@@ -421,7 +445,7 @@ class _Layer:
 
         At each position it then gives what it gave at the one before, when it is fed with what was there.
         """
-        end = self.mlp or self.mlp_module
+        end = self.mlp_module or self.mlp
         if self.first is None or end is None:
             return self.block
         before, after = self._gave(self.small, end), self._gave(turned, end)

@@ -1,5 +1,8 @@
 """A second opinion on a few measurements: full forwards by the family's own eager attention.
 
+What is changed in them is changed at places that are found a second time, by `raymi.model.elsewhere`: a wrong place is
+no opinion that two forwards share.
+
 Legend: T positions, N tokens that count, V vocabulary, O width of what is written.
 """
 
@@ -14,8 +17,9 @@ from raymi.experiments.sae.cells import Change, active_in, injected, name, witho
 from raymi.experiments.sae.spec import Injection, SaeRef, SaeSpec, Work, cell_id
 from raymi.experiments.sae.texts import Task, clean, counting, ids_of, read, written
 from raymi.experiments.verifying import beside_full, beside_truth, is_beside_truth, judge, of_verdict
+from raymi.model.elsewhere import elsewhere
 from raymi.model.engine import Engine
-from raymi.model.full import Way
+from raymi.model.full import Batch, Way
 from raymi.model.hooked import Cell, HookedModel
 from raymi.model.interventions import replace
 from raymi.model.proof import Truth
@@ -100,13 +104,17 @@ def _of_change(task: Task, change: Change) -> _Opinions:
     assert change.edit is not None
     ids_1T, cell = ids_of([change.prompt]), Cell(0, (change.edit,))
     [batch] = task.engine.ablations(ids_1T, [cell])
+    with elsewhere(task.engine.model, ids_1T, [change.edit.layer]):
+        return _Opinions(name(task.model_id, change), _beside(task, ids_1T, cell, batch))
+
+
+def _beside(task: Task, ids_1T: Tensor, cell: Cell, batch: Batch) -> dict[str, Any]:
     if is_beside_truth(task.engine):
-        return _Opinions(name(task.model_id, change), beside_truth(task.engine, ids_1T, cell, batch, 0))
+        return beside_truth(task.engine, ids_1T, cell, batch, 0)
     full_V, clean_V = (
         task.engine.model.forward(ids_1T, [its], own_attention=True).logits_BV[0] for its in (cell.interventions, ())
     )
-    found = beside_full(task.engine, batch.ablated_AV[0], full_V, clean_V, batch.way)
-    return _Opinions(name(task.model_id, change), found)
+    return beside_full(task.engine, batch.ablated_AV[0], full_V, clean_V, batch.way)
 
 
 # -- an autoencoder spliced in -----------------------------------------------------------------------------------------
@@ -136,15 +144,17 @@ def _of_splice(task: Task, prompt: TokenizedPrompt, ref: SaeRef) -> Iterator[_Op
         return clean_NV, _spliced(model, ids_1T, ref, value, counts_1T, own)
 
     way: Way = "layers" if task.layers else "full"
-    if is_beside_truth(task.engine):
-        with in_float32(model):
-            true = second()
-        truth = Truth(*true, *second())
-        first_clean_NV = run.unembed(run.hidden_BTD[counts_1T])
-        found = of_verdict(judge(task.engine, truth, first_NV - first_clean_NV, way), truth, way)
-    else:
-        clean_NV, second_NV = second()
-        found = beside_full(task.engine, first_NV, second_NV, clean_NV, way)
+    places = [parse(site, model.n_layers).layer for site in (ref.site, ref.written)]
+    with elsewhere(model, ids_1T, [layer for layer in places if layer is not None]):
+        if is_beside_truth(task.engine):
+            with in_float32(model):
+                true = second()
+            truth = Truth(*true, *second())
+            first_clean_NV = run.unembed(run.hidden_BTD[counts_1T])
+            found = of_verdict(judge(task.engine, truth, first_NV - first_clean_NV, way), truth, way)
+        else:
+            clean_NV, second_NV = second()
+            found = beside_full(task.engine, first_NV, second_NV, clean_NV, way)
     yield _Opinions(cell_id(task.model_id, prompt.token_ids, ref, ["splice", str(task.spec.skip)]), found)
 
 

@@ -153,3 +153,31 @@ def test_a_wrong_splice_is_caught_in_half_precision(half: Engine, monkeypatch: p
 
     monkeypatch.setattr(Restart, "again", wrong)
     assert not verified(half, spec("quality"), [REFS["resid"]])[0]["passed"]
+
+
+PLANTED = {
+    "hook_attn_out": {"attn_out": "self_attn"},
+    "hook_mlp_out": {"mlp_out": "mlp"},
+    "hook_resid_mid": {"attn_out": "self_attn", "resid_mid": "post_feedforward_layernorm"},
+    "mlp.hook_out": {"mlp_module": "post_feedforward_layernorm"},
+    "attn.hook_out": {"attn_module": "post_attention_layernorm"},
+}
+"""Site of Gemma 2 -> wrong places for it: before a norm instead of behind, and the other way round."""
+
+
+@pytest.mark.parametrize("measure", ["injection", "quality"])
+@pytest.mark.parametrize("site", PLANTED)
+def test_a_wrong_place_is_caught(site: str, measure: str) -> None:
+    """The second opinion does not stand where the first one does."""
+    model = HookedModel(build("gemma2"), "org/tiny")
+    engine = Engine(model, measure_capability(model, PROMPT), "cone")
+    made = sae("relu", d_in=32, d_sae=60, site=f"blocks.1.{site}")
+    ref = SaeRef("planted", "/p", "v", f"blocks.1.{site}", None, 60)
+    asked = spec(measure, **({"features": [3], "strengths": [6]} if measure == "injection" else {}))
+    [right] = verified(engine, asked, [ref], planted=made)
+    assert right["passed"]
+    for field, name in PLANTED[site].items():
+        setattr(model.blocks[1], field, model.blocks[1].module.get_submodule(name))
+    [wrong] = verified(engine, asked, [ref], planted=made)
+    assert not wrong["passed"]
+    assert wrong["max_logit_diff"] > 10 * wrong["tolerance"]

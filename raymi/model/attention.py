@@ -8,9 +8,10 @@ Legend: B rows of the batch, P prompts, H query heads, K key heads, G = H / K, Q
 D head width. Scores are laid out [K, B, G, Q, S]: what is shared by all rows is then one matrix product a key head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -176,6 +177,13 @@ class Tap:
     """Clean keys and values that stand before the first position which this forward computes."""
     captures: dict[tuple[int, str], Tensor | None] = field(default_factory=dict[tuple[int, str], "Tensor | None"])
     """(layer, name) -> the tensor, None until the layer has run."""
+    at_z: dict[int, list[Callable[[Tensor], Tensor]]] = field(
+        default_factory=dict[int, "list[Callable[[Tensor], Tensor]]"]
+    )
+    """Layer -> what is done, in turn, with what its attention gives, [B, Q, H, Dv]: edits, and what only looks on."""
+    dead: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    """Layer -> (row, head, query) of lines without keys, where a family's own attention does not know what to make of
+    them: its output is made zero there."""
     fired_B: Tensor | None = None
     """Edges that were named and came by, a row; those that the model's own mask had closed among them."""
     closed_B: Tensor | None = None
@@ -201,6 +209,8 @@ class Tap:
         self.cuts.clear()
         self.captures.clear()
         self.masks.clear()
+        self.at_z.clear()
+        self.dead.clear()
         self.keep = self.prefix = self.fired_B = self.empty_B = self.closed_B = None
 
     def forbids(self, mask: Tensor) -> bool:
@@ -234,6 +244,16 @@ class Tap:
             (self.empty_B, cut.line_3N[0], dead_N),
         ):
             count_B.index_add_(0, row_N.to(count_B.device), found_N.long().to(count_B.device))
+
+    def pass_z(self, layer: int, z_BQHD: Tensor) -> Tensor:
+        """What an attention gives, after all that is to be done with it."""
+        if (dead_3N := self.dead.get(layer)) is not None and dead_3N.shape[1]:
+            row, head, query = dead_3N.to(z_BQHD.device)
+            z_BQHD = z_BQHD.clone()
+            z_BQHD[row, query, head] = 0.0
+        for step in self.at_z.get(layer, ()):
+            z_BQHD = step(z_BQHD)
+        return z_BQHD
 
     def capture(self, layer: int, name: str, value: Tensor, *, by_key_head: bool = False) -> None:
         """Keep a tensor that was asked for; [K, B, G, Q, S] is given back as TransformerLens's [B, H, Q, S]."""
@@ -293,9 +313,10 @@ def attention(
 
     n_rows, step = len(query), _rows_at_once(tap, layer, query, key)
     if n_rows <= step:
-        return attend(tap, slice(0, n_rows)), None
+        return tap.pass_z(layer, attend(tap, slice(0, n_rows))), None
     blocks = [slice(begin, min(begin + step, n_rows)) for begin in range(0, n_rows, step)]
-    return torch.cat([attend(tap.of_rows(layer, rows), rows) for rows in blocks]), None
+    out_BQHD = torch.cat([attend(tap.of_rows(layer, rows), rows) for rows in blocks])
+    return tap.pass_z(layer, out_BQHD), None
 
 
 NUMBERS = {"cpu": 1 << 22, "gpu": 1 << 27}
@@ -448,6 +469,30 @@ def _pattern(tap: Tap, layer: int, scores_KBGQS: Tensor, sinks_H: Tensor | None)
 def attach(module: nn.Module, tap: Tap) -> None:
     """Let an attention module's calls go by this tap."""
     module.__dict__["_raymi_tap"] = tap
+
+
+@contextmanager
+def seen_through() -> Iterator[None]:
+    """While inside, what a family's own eager attention gives passes by its module's tap (`Tap.pass_z`)."""
+    given = AttentionInterface.get_interface
+
+    def get_interface(self: AttentionInterface, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        own = given(self, name, default)
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            out_BQHD, *rest = own(module, *args, **kwargs)
+            tap = module.__dict__.get("_raymi_tap")
+            if isinstance(tap, Tap):
+                out_BQHD = tap.pass_z(int(module.layer_idx), out_BQHD)  # pyright: ignore[reportArgumentType]
+            return (out_BQHD, *rest)
+
+        return call
+
+    AttentionInterface.get_interface = get_interface
+    try:
+        yield
+    finally:
+        AttentionInterface.get_interface = given
 
 
 def _tap(module: nn.Module) -> Tap:

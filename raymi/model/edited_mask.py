@@ -23,14 +23,14 @@ def masks_of(module: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def edited_masks(
-    tap: Tap, attention: Mapping[int, nn.Module], z: Mapping[int, nn.Module], n_heads: Callable[[int], int]
+    tap: Tap, attention: Mapping[int, nn.Module], z: Mapping[int, nn.Module] | None, n_heads: Callable[[int], int]
 ) -> Iterator[None]:
     """While inside, every layer of `tap.cuts` loses its edges in whatever forward runs.
 
     Args:
         tap: what to cut; firings and empty lines are counted on it.
         attention: layer -> the module whose `attention_mask` is edited.
-        z: layer -> its output projection, where a line left without keys is made zero.
+        z: layer -> its output projection, where a line left without keys is made zero; None: the tap sees to it.
         n_heads: layer -> its query heads.
 
     Raises:
@@ -38,16 +38,16 @@ def edited_masks(
     """
     with ExitStack() as stack:
         for layer, cut in tap.cuts.items():
-            edit = _Edit(tap, cut, n_heads(layer), layer in z)
+            edit = _Edit(tap, layer, cut, n_heads(layer), z is None or layer in z)
             stack.callback(attention[layer].register_forward_pre_hook(edit.mask, with_kwargs=True).remove)
-            if layer in z:
+            if z is not None and layer in z:
                 stack.callback(z[layer].register_forward_pre_hook(edit.z).remove)
         yield
 
 
 class _Edit:
-    def __init__(self, tap: Tap, cut: Cut, n_heads: int, has_z: bool) -> None:
-        self.tap, self.cut, self.n_heads, self.has_z = tap, cut, n_heads, has_z
+    def __init__(self, tap: Tap, layer: int, cut: Cut, n_heads: int, has_z: bool) -> None:
+        self.tap, self.layer, self.cut, self.n_heads, self.has_z = tap, layer, cut, n_heads, has_z
         self.dead_3N: Tensor | None = None
 
     def mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -71,7 +71,7 @@ class _Edit:
             mask_BHQS[edges] = lowest
             open_NS = mask_BHQS[cut.line_3N.unbind()] > lowest / 2
         dead_N = ~open_NS.any(-1)
-        self.dead_3N = cut.line_3N[:, dead_N]
+        self.dead_3N = self.tap.dead[self.layer] = cut.line_3N[:, dead_N]
         if not self.has_z and bool(dead_N.any()):
             raise UnsupportedAttention(
                 f"{type(module).__name__}: a line without keys, and no output that could be zeroed"

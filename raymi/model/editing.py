@@ -97,6 +97,10 @@ class SiteEdits:
         shape = (n, n_heads, width) if self.by_head else (n, width)
         return fitted(edit, edit.shift.to(x), shape).reshape(-1, width)
 
+    def on_heads(self, z_BQHD: Tensor) -> Tensor:
+        """What an attention gives, head by head, with everything done to it."""
+        return self.apply(z_BQHD.flatten(-2)).view(z_BQHD.shape)
+
     # -- as hooks ----------------------------------------------------------------------------------------------------
 
     def on_input(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raymi.heads import Heads
-from raymi.model.attention import NAME, Cut, Edges, HeadShape, Prefix, Tap, attach
+from raymi.model.attention import NAME, Cut, Edges, HeadShape, Prefix, Tap, attach, seen_through
 from raymi.model.described import heads_by_layer, largest, shows_its_masks, usual_heads
 from raymi.model.edited_mask import edited_masks
 from raymi.model.editing import SiteEdits, place
 from raymi.model.finding import blocks
-from raymi.model.interventions import EDITABLE, Edit, Intervention, Mask
+from raymi.model.interventions import BY_HEAD, EDITABLE, Edit, Intervention, Mask
 from raymi.model.linear import linear_layers
 from raymi.model.sites import (
     IN_ATTENTION,
@@ -112,6 +112,7 @@ class HookedModel:
                 attach(module, self.tap)
         self.dispatches: bool = self._dispatch()
         """Whether the family calls raymi's attention function; if not, its masks are edited."""
+        self._calls_raymi = self.dispatches  # which does not change while the family's own attention computes
         self.head_shapes: dict[int, HeadShape] = dict(self.tap.shapes)
         """Layer -> the heads that its attention really has; empty where the family computes its attention itself."""
         self.heads_by_layer: tuple[int, ...] | None = heads_by_layer(
@@ -257,7 +258,8 @@ class HookedModel:
         self.model.set_attn_implementation(implementation)
         self.dispatches = False
         try:
-            yield
+            with seen_through():
+                yield
         finally:
             self.model.set_attn_implementation(NAME)
             self.dispatches = True
@@ -335,7 +337,7 @@ class HookedModel:
         """Raises NoSuchPlace for what an intervention names and the model, or a prompt of so many tokens, has not."""
         for one in interventions:
             self._refuse_missing(one, n_tokens)
-            if isinstance(one, Edit):
+            if isinstance(one, Edit) and not self._has_z(one.layer, one.site):
                 self._place(one.layer, one.site)
 
     def _refuse_missing(self, one: Intervention, n_tokens: int) -> None:
@@ -354,11 +356,18 @@ class HookedModel:
                 raise NoSuchPlace(f"{self.name}: {what} {outside[0]}{at}, where there are 0 to {size - 1}")
 
     def _hook(self, layer: int, site: str, edits: SiteEdits, stack: ExitStack) -> None:
+        if self._has_z(layer, site):
+            self.tap.at_z.setdefault(layer, []).append(edits.on_heads)
+            return
         module, is_input = self._place(layer, site)
         if is_input:
             stack.callback(module.register_forward_pre_hook(edits.on_input, with_kwargs=True).remove)
         else:
             stack.callback(module.register_forward_hook(edits.on_output).remove)
+
+    def _has_z(self, layer: int, site: str) -> bool:
+        """Whether a site is what raymi's attention function gives, whether a gate, a norm or experts come next."""
+        return site == BY_HEAD and self._calls_raymi and self.blocks[layer].attention is not None
 
     def _place(self, layer: int, site: str) -> tuple[nn.Module, bool]:
         try:
@@ -381,7 +390,7 @@ class HookedModel:
 
     def _edited_masks(self) -> ExitStack:
         attention = {i: b.attention for i, b in enumerate(self.blocks) if b.attention is not None}
-        z = {i: b.z for i, b in enumerate(self.blocks) if b.z is not None}
+        z = None if self._calls_raymi else {i: b.z for i, b in enumerate(self.blocks) if b.z is not None}
         stack = ExitStack()
         stack.enter_context(edited_masks(self.tap, attention, z, self.heads))
         return stack
@@ -432,6 +441,15 @@ class HookedModel:
             cache[str(site)] = first_tensor(output).reshape(*shape, -1).clone()
             then()
 
+        def passes(z_BQHD: Tensor) -> Tensor:
+            cache[str(site)] = z_BQHD.clone()
+            then()
+            return z_BQHD
+
+        if site.layer is not None and self._has_z(site.layer, site.name):
+            self.tap.at_z.setdefault(site.layer, []).append(passes)
+            stack.callback(self.tap.at_z.pop, site.layer, None)
+            return
         if site.layer is None:
             stack.callback(self.model.get_input_embeddings().register_forward_hook(gave).remove)
             return

@@ -21,6 +21,7 @@ from raymi.model.editing import SiteEdits, place
 from raymi.model.finding import blocks
 from raymi.model.interventions import BY_HEAD, EDITABLE, Edit, Intervention, Mask
 from raymi.model.linear import linear_layers
+from raymi.model.side_by_side import let_go_of_z
 from raymi.model.sites import (
     IN_ATTENTION,
     Block,
@@ -135,6 +136,8 @@ class HookedModel:
         attention = [block.attention for block in self.blocks if block.attention is not None]
         self.tells_closed: bool = self.dispatches or shows_its_masks(text, self.n_layers, attention)
         """Whether edges that the model's own mask has closed can be told from others."""
+        if not self._calls_raymi:
+            let_go_of_z(self)
 
     # -- finding one's way -------------------------------------------------------------------------------------------
 

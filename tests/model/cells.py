@@ -69,7 +69,9 @@ _NO_PARTS = (
 """Families of which no module gives what attention or MLP add to the residual stream, at least not in every layer."""
 
 
-_ITSELF = ("gemma2", "gemma3_text", "olmo2", "exaone4", "glm4")
+_GATED = ("afmoe", "qwen3_next")
+"""Families whose attention's output is multiplied by a gate before its last matrix."""
+ITSELF = ("gemma2", "gemma3_text", "olmo2", "exaone4", "glm4")
 """Post-norm families, whose attention and MLP have Llama's names; a norm makes of what they give what is added."""
 
 
@@ -78,9 +80,10 @@ def sites(family: str) -> tuple[str, ...]:
     if family == "gemma3n_text":
         return ("attn.hook_z",)  # there is not one residual stream
     not_there = {"hook_attn_out", "hook_mlp_out"} if family in _NO_PARTS else set[str]()
-    if family == "jetmoe":
-        not_there = {"attn.hook_z"}  # experts project the output
-    if family not in _ITSELF and family in (*_NAMES, *_NO_PARTS) and family not in ("granite", "afmoe"):
+    if family in (*_GATED, "jetmoe"):
+        # No module is fed with it: a gate comes between, or experts project it. `tests/conformance` has them.
+        not_there = not_there | {"attn.hook_z"}
+    if family not in ITSELF and family in (*_NAMES, *_NO_PARTS) and family not in ("granite", "afmoe"):
         not_there = not_there | {"attn.hook_out", "mlp.hook_out"}  # `tests/model/test_sites.py` has them
     return tuple(site for site in EDITABLE if site not in not_there)
 

@@ -222,8 +222,9 @@ def test_every_site_and_operation(family: str, hooked: Hooked, plain: Build, cap
                 (mean(layer, site, (at - 1, at), some, heads),),
                 (patch(layer, site, (at,), of_another[None]),),
                 (add(layer, site, (at,), some, heads),),
-                (scale(layer, site, (at,), 2.5, heads),),
             ]
+            if not (family in drawn.ITSELF and site.endswith(".hook_out")):  # a norm undoes it
+                changes.append((scale(layer, site, (at,), 2.5, heads),))
     request = Request(ids_PT, [Cell(i % 2, change) for i, change in enumerate(changes)], 0)
     ours = measure(Engine(model, found, found.way), request)
     effects = compare(ours, request, plain(family), family, model.attention_layers, tolerance(found))

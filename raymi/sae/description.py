@@ -12,7 +12,8 @@ Activation = Literal["relu", "jumprelu", "topk", "gated"]
 Normalisation = Literal["none", "expected_average_only_in", "constant_norm_rescale", "layer_norm"]
 Reading = Literal["as is", "transposed", "exponential", "scalar"]
 
-SITES = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z")
+SITES = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_z",
+         "attn.hook_out", "mlp.hook_out")  # fmt: skip
 """Where in a block of a model raymi can feed an autoencoder; besides these, `hook_embed`."""
 OF_STREAM = ("hook_embed", "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 """What is in the residual stream, or is added to it as it stands."""

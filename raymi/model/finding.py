@@ -429,12 +429,13 @@ class _Layer:
         if end is None:
             return None
         size = self._given(self.small).numel()
-        behind = {part for module in (self.attn.modules if self.attn else ()) for part in module.modules()}
+        of_attention = [*self.around, *(self.attn.modules if self.attn else ())]
+        inside = {part for module in of_attention for part in module.modules()} | self.parts
         for module in self.small.calls:
             call = self.small.once(module)
             if call is None or call.given is None or call.given.numel() != size or not _multiplies(module):
                 continue
-            if module in self.parts or module in self.around or module in behind:
+            if module in inside:
                 continue
             self.first = module
             return call.given
@@ -450,7 +451,7 @@ class _Layer:
             return self.block
         before, after = self._gave(self.small, end), self._gave(turned, end)
         moved = before.roll(1, -2).double() if before.device.type != "mps" else before.roll(1, -2).float()
-        room = 16 * torch.finfo(before.dtype).eps * float(moved.abs().max())
+        room = 4 * torch.finfo(before.dtype).eps * float(moved.abs().max())
         if float((after.to(moved) - moved).abs().max()) <= room < float((before.to(moved) - moved).abs().max()):
             self.block.mlp_in = self.first
         else:

@@ -1,13 +1,15 @@
 """Captures equal the model's own outputs and TransformerLens's cache; a wrong name is told the right one."""
 
 from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from raymi.model.hooked import HookedModel
-from raymi.model.interventions import Mask
+from raymi.model.interventions import Mask, add
 from raymi.model.sites import NAMES, NoSuchPlace, UnknownSite, parse
 from tests import oracles
 from tests.families import CONFIGS, PROMPT, Build, build, prompt
@@ -218,6 +220,19 @@ ADDS = {"gemma2": "post_attention_layernorm", "glm4": "post_self_attn_layernorm"
 """Post-norm families -> the module that gives what attention adds; the attention itself is `self_attn`."""
 
 
+def with_large_channels(family: str, large: float, step: int) -> PreTrainedModel:
+    """Every so many channels of the embedding are large, which weights of norms undo; the head is as it was."""
+    model = build(family)
+    one = 1.0 if family.startswith("gemma") else 0.0  # Gemma's norms add it to their weights
+    with torch.no_grad():
+        cast(Any, model).lm_head.weight = nn.Parameter(cast(Any, model).lm_head.weight.clone())
+        cast(Any, model.get_input_embeddings()).weight[:, ::step] = large
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1 and "norm" in name:
+                weight[::step] = (weight[::step] + one) / large - one
+    return model
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("large", [3e2, 1e4, 1e6])
 @pytest.mark.parametrize("family", [*ADDS, "granite"])
@@ -225,14 +240,40 @@ def test_a_large_channel_hides_no_place(family: str, large: float, dtype: torch.
     """Beside it, what attention gives and what a norm makes of that are both nothing, in any dtype."""
     if large > torch.finfo(dtype).max or (family == "olmo2" and dtype == torch.float16):
         pytest.skip("no such number, or infinity in an MLP that is fed the stream itself")
-    model = build(family)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[:, ::3] = large
-        for name, weight in model.named_parameters():
-            if weight.dim() == 1 and "norm" in name:
-                weight[::3] /= large
-    found = HookedModel(model.to(dtype), family)
+    found = HookedModel(with_large_channels(family, large, step=3).to(dtype), family)
     for block in found.blocks:
         attention = block.module.get_submodule("self_attn")
         assert block.attn_module is attention
         assert block.attn_out is (block.module.get_submodule(ADDS[family]) if family in ADDS else None)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(("dtype", "large"), [(torch.bfloat16, 300.0), (torch.bfloat16, 3e3), (torch.float32, 1e5)])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "glm4"])
+def test_edits_beside_a_large_channel(family: str, dtype: torch.dtype, large: float):
+    """What a plain hook on the untouched model's post-norm, or on what stands before it, does to the logits."""
+    paths = {
+        "hook_attn_out": ADDS.get(family, "post_attention_layernorm"),
+        "hook_mlp_out": "post_mlp_layernorm" if family == "glm4" else "post_feedforward_layernorm",
+        "attn.hook_out": "self_attn",
+        "mlp.hook_out": "mlp",
+    }
+    hooked, plain = (with_large_channels(family, large, step=32).to(dtype) for _ in range(2))
+    ours, everywhere = HookedModel(hooked, family), tuple(range(PROMPT))
+    value_D = torch.randn(32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        clean_V = plain(prompt(), use_cache=False).logits[0, -1].float()
+    scale = float(clean_V.abs().max())  # small where a norm has divided all by what is large
+    for layer in range(4):
+        for site, path in paths.items():
+            module = plain.get_submodule(f"model.layers.{layer}.{path}")
+            handle = module.register_forward_hook(
+                lambda _, __, out: (out[0] + value_D, *out[1:]) if isinstance(out, tuple) else out + value_D
+            )
+            with torch.no_grad():
+                theirs_V = plain(prompt(), use_cache=False).logits[0, -1].float()
+            handle.remove()
+            edit = add(layer, site, everywhere, value_D)
+            out = ours.forward(prompt(), [(edit,)], own_attention=True).logits_BV[0]
+            assert float((out - theirs_V).abs().max()) <= 1e-5 * scale
+            assert float((theirs_V - clean_V).abs().max()) > 1e-3 * scale

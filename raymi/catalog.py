@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from raymi import snapshot
+from raymi import headcounts, snapshot
 from raymi.errors import UserError
 from raymi.heads import Heads
 from raymi.snapshot import DamagedError
@@ -302,7 +302,7 @@ def _describe(id: str, repo: _Repo, commit: str, *, allow_pickle: bool, trust_re
         weight_files=weights.files if weights else (),
         needs_remote_code=snapshot.needs_remote_code(config),
         pickle_only=weights is not None and weights.pickle,
-        heads_by_layer=snapshot.heads_by_layer(config, sizes["n_layers"], sizes["n_heads"]),
+        heads_by_layer=headcounts.heads_by_layer(config, sizes["n_layers"], sizes["n_heads"]),
         attention_layers=snapshot.attention_layers(config, sizes["n_layers"]),
         not_built=weights.not_built if weights else (),
         **sizes,

@@ -40,7 +40,7 @@ _SMALL_FILES = set[str]().union(*TOKENIZERS) | {
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 
-_NAMES = {
+NAMES = {
     "n_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
     "n_heads": ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads"),
     "n_kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
@@ -103,17 +103,17 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def sizes(config: Mapping[str, Any]) -> dict[str, int | None]:
-    """The sizes that a config states, under raymi's names for them (the keys of `_NAMES`).
+    """The sizes that a config states, under raymi's names for them (the keys of `NAMES`).
 
     What the config leaves to its class is looked up there (Gemma 3's name no heads); key-value heads, head and
     feed-forward sizes then follow from the others as is customary.
     """
     text = text_config(config)
-    found = {size: _first_int(text, names) for size, names in _NAMES.items()}
+    found = {size: first_int(text, names) for size, names in NAMES.items()}
     essential = (found["n_layers"], found["n_heads"], found["vocab_size"])
     if text is not config or None in essential:  # a nested config leaves out whatever equals its class's default
         defaults = config_defaults(model_type(config), model_type(text))
-        found = {size: number or _first_int(defaults, _NAMES[size]) for size, number in found.items()}
+        found = {size: number or first_int(defaults, NAMES[size]) for size, number in found.items()}
     found["n_layers"] = found["n_layers"] or _listed_layers(text)
     found["n_heads"] = found["n_heads"] or _listed_heads(text)
     heads, hidden = found["n_heads"], found["hidden_size"]
@@ -125,79 +125,6 @@ def sizes(config: Mapping[str, Any]) -> dict[str, int | None]:
     if hidden:
         found["intermediate_size"] = found["intermediate_size"] or 4 * hidden
     return found
-
-
-def heads_by_layer(config: Mapping[str, Any], n_layers: int | None, n_heads: int | None) -> tuple[int, ...] | None:
-    """Query heads of each layer; None: `n_heads` everywhere, as far as the config tells.
-
-    They stand in configs of single layers (`per_layer_config`), in a list, or under another name for the layers with a
-    window, which the config of the family may state.
-    """
-    if n_layers is None or n_heads is None:
-        return None
-    text = text_config(config)
-    defaults = config_defaults(model_type(config), model_type(text))
-    # A field that the family's config class does not declare is one that its model does not read.
-    stated = {
-        **defaults,
-        **{
-            name: value
-            for name, value in text.items()
-            if not name.startswith("swa_") or not defaults or name in defaults
-        },
-    }
-    found = [n_heads] * n_layers
-    for name in _LISTED_HEADS:
-        match stated.get(name):
-            case [*numbers] if len(numbers) == n_layers and all(type(number) is int for number in numbers):
-                found = cast(list[int], numbers)
-            case _:
-                pass
-    if (with_window := _heads_with_window(stated)) is not None:
-        has_window = _has_window(stated)
-        found = [with_window if has_window(layer) else found[layer] for layer in range(n_layers)]
-    for layer, apart in _of_single_layers(stated):
-        number = _first_int(apart, _NAMES["n_heads"])
-        if number is not None and layer < n_layers:
-            found[layer] = number
-    return None if set(found) == {n_heads} else tuple(found)
-
-
-_LISTED_HEADS = ("num_attention_heads", "num_query_heads", "num_attention_heads_per_layer")
-
-
-def _heads_with_window(stated: Mapping[str, Any]) -> int | None:
-    if "per_layer_config" in stated:  # what those of a layer with a window come to is written there
-        return None
-    match stated:
-        case {"swa_num_attention_heads": int(number)} | {"num_sliding_attention_heads": int(number)}:
-            return number
-        case {"attention_other_setting": {"num_attention_heads": int(number)}}:
-            return number
-        case _:
-            return None
-
-
-def _has_window(stated: Mapping[str, Any]) -> Callable[[int], bool]:
-    """What tells of a layer whether it looks back over a window only."""
-    match stated:
-        case {"layer_types": [_, *_] as kinds}:
-            return lambda layer: "sliding" in str(kinds[layer % len(kinds)])
-        case {"local_layer_ids": [*indices]}:
-            return lambda layer: layer in indices
-        case {"sliding_window_pattern": int(period)} if period > 0:
-            return lambda layer: (layer + 1) % period != 0
-        case {"hybrid_layer_pattern": [_, *_] as kinds}:
-            return lambda layer: kinds[layer % len(kinds)] == 1
-        case _:
-            return lambda layer: (layer + 1) % 6 != 0  # what the families make of a config that does not say it
-
-
-def _of_single_layers(stated: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any]]]:
-    """Layers that have a config of their own, with what is in it."""
-    apart = stated.get("per_layer_config")
-    items = cast(dict[object, Any], apart).items() if isinstance(apart, dict) else ()
-    return [(int(str(layer)), own) for layer, own in items if str(layer).isdigit() and isinstance(own, dict)]
 
 
 def attention_layers(config: Mapping[str, Any], n_layers: int | None) -> tuple[int, ...] | None:
@@ -245,9 +172,13 @@ def _listed_layers(text: Mapping[str, Any]) -> int | None:
             return None
 
 
+LISTED_HEADS = ("num_attention_heads", "num_query_heads", "num_attention_heads_per_layer")
+"""What configs call a list of the heads of each layer."""
+
+
 def _listed_heads(text: Mapping[str, Any]) -> int | None:
     """Heads of the first layer, where a config has only a list of them."""
-    listed = (text.get(name) for name in _LISTED_HEADS)
+    listed = (text.get(name) for name in LISTED_HEADS)
     return next((each[0] for each in listed if isinstance(each, list) and each and type(each[0]) is int), None)
 
 
@@ -480,7 +411,7 @@ def _stored_dtype(tensors: dict[str, dict[str, Any]]) -> str | None:
     return _DTYPES.get(most, most) or None
 
 
-def _first_int(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
+def first_int(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
     return next((config[name] for name in names if type(config.get(name)) is int), None)
 
 

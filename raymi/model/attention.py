@@ -8,10 +8,9 @@ Legend: B rows of the batch, P prompts, H query heads, K key heads, G = H / K, Q
 D head width. Scores are laid out [K, B, G, Q, S]: what is shared by all rows is then one matrix product a key head.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -469,30 +468,6 @@ def _pattern(tap: Tap, layer: int, scores_KBGQS: Tensor, sinks_H: Tensor | None)
 def attach(module: nn.Module, tap: Tap) -> None:
     """Let an attention module's calls go by this tap."""
     module.__dict__["_raymi_tap"] = tap
-
-
-@contextmanager
-def seen_through() -> Iterator[None]:
-    """While inside, what a family's own eager attention gives passes by its module's tap (`Tap.pass_z`)."""
-    given = AttentionInterface.get_interface
-
-    def get_interface(self: AttentionInterface, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        own = given(self, name, default)
-
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            out_BQHD, *rest = own(module, *args, **kwargs)
-            tap = module.__dict__.get("_raymi_tap")
-            if isinstance(tap, Tap):
-                out_BQHD = tap.pass_z(int(module.layer_idx), out_BQHD)  # pyright: ignore[reportArgumentType]
-            return (out_BQHD, *rest)
-
-        return call
-
-    AttentionInterface.get_interface = get_interface
-    try:
-        yield
-    finally:
-        AttentionInterface.get_interface = given
 
 
 def _tap(module: nn.Module) -> Tap:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from raymi.model.attention import Cut, Tap, UnsupportedAttention
 from raymi.model.sites import hidden_input
@@ -43,6 +44,32 @@ def edited_masks(
             if z is not None and layer in z:
                 stack.callback(z[layer].register_forward_pre_hook(edit.z).remove)
         yield
+
+
+@contextmanager
+def seen_through() -> Iterator[None]:
+    """While inside, what a family's own eager attention gives passes by its module's tap (`Tap.pass_z`)."""
+    given = AttentionInterface.get_interface
+
+    def get_interface(
+        self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        own = given(self, attn_implementation, default)
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            out_BQHD, *rest = own(module, *args, **kwargs)
+            tap = module.__dict__.get("_raymi_tap")
+            if isinstance(tap, Tap):
+                out_BQHD = tap.pass_z(int(module.layer_idx), out_BQHD)  # pyright: ignore[reportArgumentType]
+            return (out_BQHD, *rest)
+
+        return call
+
+    AttentionInterface.get_interface = get_interface
+    try:
+        yield
+    finally:
+        AttentionInterface.get_interface = given
 
 
 class _Edit:

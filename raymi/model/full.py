@@ -60,5 +60,6 @@ class Full:
         prompt_A = torch.tensor([place[cell.prompt] for cell in of_batch], device=self.model.device)
         n = len(prompts)
         clean_PV, ablated_AV = out.logits_BV[:n], out.logits_BV[n:]
-        counts = (None if each is None else each[n:] for each in (out.fired_B, out.empty_B, out.closed_B))
-        yield Batch(indices, clean_PV, ablated_AV, prompt_A, *counts, 0.0, self.way)
+        closed_A = None if out.closed_B is None else out.closed_B[n:]
+        fired_A, empty_A = out.fired_B[n:], out.empty_B[n:]
+        yield Batch(indices, clean_PV, ablated_AV, prompt_A, fired_A, empty_A, closed_A, 0.0, self.way)

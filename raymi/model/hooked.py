@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raymi.heads import Heads
-from raymi.model.attention import NAME, Cut, Edges, HeadShape, Prefix, Tap, attach, seen_through
+from raymi.model.attention import NAME, Cut, Edges, HeadShape, Prefix, Tap, attach
 from raymi.model.described import heads_by_layer, largest, shows_its_masks, usual_heads
-from raymi.model.edited_mask import edited_masks
+from raymi.model.edited_mask import edited_masks, seen_through
 from raymi.model.editing import SiteEdits, place
 from raymi.model.finding import blocks
 from raymi.model.interventions import BY_HEAD, EDITABLE, Edit, Intervention, Mask

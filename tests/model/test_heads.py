@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from raymi import snapshot
+from raymi import headcounts, snapshot
 from raymi.model.engine import Engine, measure_capability
 from raymi.model.hooked import Cell, HookedModel
 from raymi.model.interventions import Mask, zero
@@ -146,7 +146,7 @@ def test_layers_with_heads_of_their_own(case: str):
 def test_config_json_says_the_same_without_torch(case: str):
     config = json.loads(build(case).config.to_json_string())
     n_heads = CONFIGS[case][2]
-    found = snapshot.heads_by_layer(config, 4, snapshot.sizes(config)["n_heads"])
+    found = headcounts.heads_by_layer(config, 4, snapshot.sizes(config)["n_heads"])
     assert found == (None if len(set(n_heads)) == 1 else n_heads)
 
 

@@ -167,6 +167,10 @@ def _notes(record: "Record") -> list[tuple[str, str]]:
     if n := record["empty_rows"]:
         lines = f"{n} attention line{'s' * (n > 1)} (a query in a head of a layer)"
         notes.append(("note", f"{lines} {'were' if n > 1 else 'was'} left with no key: there the output is zero."))
+    if n := record["closed"]:
+        whole = n + record["fired"]
+        said = f"{n} of {whole} edges had been closed by the model's own mask (a window or chunks)"
+        notes.append(("warning", said + (": nothing was cut." if n == whole else ".")))
     return notes
 
 

@@ -306,7 +306,9 @@ def _failure(failure: dict[str, Any]) -> str:
     return f"{failure['model_id'] or 'the run'}: {stage}: {reason}{tries}"
 
 
-def _cell(layers: str, heads: str) -> str:
+def _cell(layers: str | None, heads: str | None) -> str:
+    if layers is None or heads is None:  # all that was cut had been closed before
+        return "-"
     return f"L{_short(layers)} " + ("all heads" if heads == "all" else f"H{_short(heads)}")
 
 

@@ -18,6 +18,7 @@ from raymi.fed import fed_id, plain_id
 from raymi.job import Job, Spec
 from raymi.plan import CutRule, Saes, Unit, asks_for_answers, full_forward_flops, units
 from raymi.prompts import Prompt, TokenizedPrompt
+from raymi.reach import closed
 from raymi.store import schemas
 from raymi.store.layout import slug
 from raymi.store.manifest import Manifest
@@ -89,6 +90,8 @@ class Agenda:
         """What is left to measure, of the models whose prompts the store knows."""
         self.refused: dict[str, Failed] = {}
         """Models that their own prompts forbid."""
+        self.closed: dict[str, list[str]] = {}
+        """By key, what of the plan cuts edges that the model's own mask has closed (`reach.closed`)."""
         self.unfit: dict[str, list[Failed]] = {}
         """By key, prompts that a model can never measure, each with its `prompt_id`. They are in no unit, and the
         others are in the units that they would be in without them."""
@@ -182,6 +185,8 @@ class Agenda:
             complete=all(prompt_id in usable for generation in self._generations for prompt_id in generation),
         )
         left = [unit for unit in cut if unit.unit_id not in self._done]
+        lengths = {prompt_id: len(prompt.token_ids) for prompt_id, prompt in usable.items()}
+        self.closed[key] = closed(model.path, model.n_layers or 0, left, lengths)
         self.before[key] = sum(unit.n_ablations for unit in cut) - sum(unit.n_ablations for unit in left)
         return left
 

@@ -1,5 +1,6 @@
 """What a command would do, and what that would take, without loading a model or touching the store."""
 
+import sys
 import time
 from collections.abc import Iterator
 
@@ -47,6 +48,8 @@ def rehearse(order: Order, store: Store) -> Iterator[tuple[str, list[Unit] | Fai
         if isinstance(tables, Failed) or isinstance(left, Failed):
             yield key, left, None
             continue
+        for said in agenda.closed[key]:
+            print(f"{key}: warning: {said}", file=sys.stderr)  # noqa: T201
         for message in in_few_lines([why.message for why in agenda.unfit[key]]):
             yield key, Failed(None, "UserError", message), None
         prompts = {prompt.prompt.id: prompt for prompt in from_rows(tables["prompts"].to_pylist())}

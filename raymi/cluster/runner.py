@@ -126,7 +126,11 @@ class _Record:
             self._run.add("superseded", self._agenda.slug(key), rows)
 
     def unfit(self, key: str) -> None:
-        """Keeps why a model can never measure some of its prompts, and says so, in few lines however many they are."""
+        """Keeps why a model can never measure some of its prompts, and says so, in few lines however many they are; and
+        says what of the plan cuts nothing.
+        """
+        for said in self._agenda.closed.get(key, ()):
+            self._display.say(f"{key}: warning: {said}")
         unfit = self._agenda.unfit.get(key, ())
         for why in unfit:
             self._keep(Trouble(key, "prompt", why, final=True))

@@ -563,3 +563,13 @@ def test_a_config_that_was_misunderstood_fails_the_model_in_words(run: Run, monk
     monkeypatch.setattr("raymi.snapshot.attention_layers", lambda *_: None)
     assert run("--new", "--set", "experiments.0.layers=[1, 4]").code == 0
     assert sorted(rows()["layer"].unique()) == [1, 4]
+
+
+def test_a_plan_that_cuts_closed_edges_is_warned_of(run: Run):
+    window = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 2}
+    add_model(Path("cache"), "org/window", {**LLAMA, **window})
+    for arguments in (("--dry-run",), ()):
+        said = run(*arguments)
+        assert said.code == 0, said.err
+        assert "org/window: warning: experiment 'heads': of 8 ablations 8 cut nothing" in said.err
+    assert rows().select("fired", "closed").rows() == [(0, 1)] * 8

@@ -200,9 +200,11 @@ def _record(spec: SaeSpec, input_scale: float | None, model: CachedModel, about:
     """One autoencoder that fits; UserError otherwise."""
     if model.n_layers is None or model.hidden_size is None:
         raise UserError(f"{model.id}: its config.json does not say how many layers it has, and how wide they are")
-    heads = model.n_heads
     named = about
     about = modules.in_model(about, model)
+    of_model, at = model.heads, about.layer
+    own = of_model is not None and at is not None and at < model.n_layers
+    heads = of_model.of(at) if own and of_model is not None and at is not None else model.n_heads
     _check_revision(spec, model, about)
     check_fits(
         about,
@@ -210,7 +212,7 @@ def _record(spec: SaeSpec, input_scale: float | None, model: CachedModel, about:
         hidden_size=model.hidden_size,
         n_layers=model.n_layers,
         n_heads=heads,
-        head_dim=model.head_dim or (model.hidden_size // heads if heads else None),
+        head_dim=model.head_dim or (model.hidden_size // model.n_heads if model.n_heads else None),
         any_model=spec.any_model,
     )
     if about.normalisation == "expected_average_only_in" and about.input_scale is None:

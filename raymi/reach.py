@@ -73,13 +73,17 @@ def closed(path: Path, n_layers: int, units: Iterable[Unit], lengths: Mapping[st
     if shortest is None or max(lengths.values(), default=0) <= shortest:
         return []
     total, nothing, part = Counter[str](), Counter[str](), Counter[str]()
+    known: dict[object, int] = {}  # heads that are cut one by one share layers and edges
     for unit in units:
         for _, work in unit.items:
             for one in work:
                 if not isinstance(one, Ablation):
                     continue
                 total[unit.experiment] += 1
-                n_closed = _n_closed(one, found)
+                place = one.layers, one.edges
+                if place not in known:
+                    known[place] = _n_closed(one, found)
+                n_closed = known[place]
                 nothing[unit.experiment] += n_closed == len(one.layers) * len(one.edges)
                 part[unit.experiment] += 0 < n_closed < len(one.layers) * len(one.edges)
     return [_said(name, total[name], nothing[name], part[name]) for name in total if nothing[name] or part[name]]

@@ -174,19 +174,19 @@ class Agenda:
                 for generation in generations
                 for unit in self._cut(model, [usable[each] for each in generation if each in usable], saes)
             ]
+            cut = [unit for unit in every if any(self._is_wanted(prompt_id) for prompt_id, _ in unit.items)]
+            self._noticed[key] = notices(
+                known.units,
+                every,
+                [spec.name for spec in self.job.experiments],
+                [prompt_id for prompt_id in usable if self._is_wanted(prompt_id)],
+                complete=all(prompt_id in usable for generation in self._generations for prompt_id in generation),
+            )
+            left = [unit for unit in cut if unit.unit_id not in self._done]
+            lengths = {prompt_id: len(prompt.token_ids) for prompt_id, prompt in usable.items()}
+            self.closed[key] = closed(model.path, model.n_layers or 0, left, lengths)
         except Exception as error:  # whatever a model's prompts do to the plan, the other models run
             return failure(error)
-        cut = [unit for unit in every if any(self._is_wanted(prompt_id) for prompt_id, _ in unit.items)]
-        self._noticed[key] = notices(
-            known.units,
-            every,
-            [spec.name for spec in self.job.experiments],
-            [prompt_id for prompt_id in usable if self._is_wanted(prompt_id)],
-            complete=all(prompt_id in usable for generation in self._generations for prompt_id in generation),
-        )
-        left = [unit for unit in cut if unit.unit_id not in self._done]
-        lengths = {prompt_id: len(prompt.token_ids) for prompt_id, prompt in usable.items()}
-        self.closed[key] = closed(model.path, model.n_layers or 0, left, lengths)
         self.before[key] = sum(unit.n_ablations for unit in cut) - sum(unit.n_ablations for unit in left)
         return left
 

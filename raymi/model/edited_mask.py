@@ -97,6 +97,8 @@ class _Edit:
             closed_E = mask_BHQS[edges] <= lowest / 2
             mask_BHQS[edges] = lowest
             open_NS = mask_BHQS[cut.line_3N.unbind()] > lowest / 2
+        for buffer in masks_of(module):
+            open_NS = open_NS & buffer[0, 0, cut.line_3N[2], : open_NS.shape[-1]].to(open_NS.device)
         dead_N = ~open_NS.any(-1)
         self.dead_3N = self.tap.dead[self.layer] = cut.line_3N[:, dead_N]
         if not self.has_z and bool(dead_N.any()):

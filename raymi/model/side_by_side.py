@@ -60,7 +60,8 @@ def heads_stand_there(
     """
     layers, last = list(projections), n_tokens - 1
     proven = set(layers)
-    for of in (lambda layer: 0, lambda layer: n_heads(layer) - 1):
+    # The first, the last, and one in between, which another order of grouped heads would move.
+    for of in (lambda layer: 0, lambda layer: min(1, n_heads(layer) - 1), lambda layer: n_heads(layer) - 1):
         # Row 0 is clean; in each of the others another layer is cut, so that below it nothing has changed.
         cuts = [(), *((Mask(layer, (of(layer),), ((last, last - 1),)),) for layer in layers)]
         given: dict[int, Tensor] = {}

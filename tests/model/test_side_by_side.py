@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from raymi.model.hooked import HookedModel
-from raymi.model.interventions import zero
+from raymi.model.interventions import Mask, zero
 from raymi.model.side_by_side import heads_stand_there
 from tests.families import PROMPT, VOCABULARY, build
 
@@ -69,3 +69,29 @@ def test_a_head_is_zeroed_where_its_output_goes_on(name: str, path: str):
     scale = float(clean.abs().max())
     assert float((ours.logits_BV[0] - theirs).abs().max()) <= 1e-5 * scale
     assert float((theirs - clean).abs().max()) > 1e-4 * scale
+
+
+@pytest.mark.oracle
+def test_a_line_that_a_window_of_the_module_s_own_leaves_no_key_attends_to_nothing():
+    """GPT-Neo keeps its windows in buffers of its own: older keys are open in the mask that it is given."""
+    ids_1T = torch.arange(3, 3 + PROMPT)[None] * 7 % VOCABULARY
+    plain, layer, last = build("gpt_neo"), 1, PROMPT - 1
+    attention = plain.get_submodule(f"transformer.h.{layer}.attn.attention")
+    open_T = attention.get_buffer("bias")[0, 0, last, :PROMPT]
+    assert 0 < int(open_T.sum()) < PROMPT
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        z = args[0].clone()
+        z[:, last, : z.shape[-1] // 4] = 0
+        return (z, *args[1:])
+
+    with torch.no_grad():
+        clean = plain(ids_1T, use_cache=False).logits[0, -1]
+        handle = attention.get_submodule("out_proj").register_forward_pre_hook(hook)
+        theirs = plain(ids_1T, use_cache=False).logits[0, -1]
+        handle.remove()
+    edges = tuple((last, key) for key in open_T.nonzero()[:, 0].tolist())
+    ours = HookedModel(build("gpt_neo"), "gpt_neo").forward(ids_1T, [[Mask(layer, (0,), edges)]])
+    assert ours.empty_B.tolist() == [1]
+    assert float((ours.logits_BV[0] - theirs).abs().max()) <= 1e-5 * float(clean.abs().max())
+    assert float((theirs - clean).abs().max()) > 1e-4 * float(clean.abs().max())

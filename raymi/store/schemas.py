@@ -94,6 +94,8 @@ SAES = pa.schema(
         ("bos", pa.string()),
         # The module's own output that its files mean, where `site` or `site_out` is taken for the same place.
         ("plain", pa.string()),
+        # Whether its site is an `attn.hook_z` that an older raymi took to be something else.
+        ("z_moved", pa.bool_()),
         # Why there is none: in the one row, without `sae`, of an experiment that found none for the model.
         ("note", pa.string()),
     ]

@@ -30,6 +30,13 @@ _FACTORS = re.compile(
 )
 """Numbers of a config that a module's output is multiplied with."""
 
+_Z_MOVED = frozenset(
+    "afmoe bailing_hybrid beam bert bert-generation bitnet camembert data2vec-text electra ernie jetmoe laguna lfm3 "
+    "qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next roberta roberta-prelayernorm roc_bert xlm-roberta "
+    "xlm-roberta-xl xmod".split()
+)
+"""Families of which `attn.hook_z` was once taken to be something else: their values, or what a gate or norm makes."""
+
 
 def in_model(about: Description, model: CachedModel) -> Description:
     """The same with sites as this model has them."""
@@ -42,6 +49,14 @@ def meant(about: Description) -> str | None:
     """The module's own output that an autoencoder writes by another name; None where its files mean no module."""
     own = _own(about.site_out or about.site) if about.of_modules else None
     return own if own != (about.site_out or about.site) else None
+
+
+def z_moved(about: Description, model: CachedModel) -> bool:
+    """Whether an older raymi fed it something else in this model, under the same name of a site."""
+    named = {config_of(model).get("model_type"), model.model_type}
+    return any((site or "").endswith(".attn.hook_z") for site in (about.site, about.site_out)) and bool(
+        named & _Z_MOVED
+    )
 
 
 def something_behind(model: CachedModel) -> bool:

@@ -121,6 +121,7 @@ def refs(records: Iterable[Mapping[str, Any]]) -> dict[str, tuple[SaeRef, ...]]:
             prepend_bos=row.get("prepend_bos"),
             bos=row.get("bos"),
             plain=row.get("plain"),
+            z_moved=bool(row.get("z_moved")),
         )
         its.append(ref)
     return {name: tuple(sorted(its, key=lambda ref: (ref.layer, ref.site, ref.name))) for name, its in found.items()}
@@ -240,6 +241,7 @@ def _record(spec: SaeSpec, input_scale: float | None, model: CachedModel, about:
         "prepend_bos": about.prepend_bos,
         "bos": None,
         "plain": modules.meant(about) if about == named else None,
+        "z_moved": modules.z_moved(about, model),
     }
 
 

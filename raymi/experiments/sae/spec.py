@@ -45,6 +45,8 @@ class SaeRef:
     """How texts begin for the experiment, where its autoencoders want that otherwise than the tokenizer has it."""
     plain: str | None = None
     """What the plan took for the same place: `mlp.hook_out` where no norm stands behind the module. To be confirmed."""
+    z_moved: bool = False
+    """Whether its site is an `attn.hook_z` that an older raymi took to be something else."""
 
     @property
     def written(self) -> str:
@@ -61,7 +63,7 @@ class SaeRef:
     def identity(self) -> list[object]:
         """What its numbers depend on, beside the model and the text."""
         said: list[object] = [self.name, self.version, self.site, self.site_out, self.input_scale]
-        return [*said, "centred"] if self.centred else said
+        return [*said, *(["centred"] if self.centred else []), *(["z before gates and norms"] if self.z_moved else [])]
 
 
 @dataclass(frozen=True, slots=True)

@@ -232,7 +232,7 @@ def test_another_checkpoint_of_the_model(cache: Path) -> None:
     assert found(cache, spec("org/early:x", any_model=True))
 
 
-OLD = ("centred", "prepend_bos", "bos", "plain")
+OLD = ("centred", "prepend_bos", "bos", "plain", "z_moved")
 """Columns that rows of an older raymi do not have."""
 
 
@@ -252,3 +252,15 @@ def test_rows_of_an_older_raymi_are_looked_up_again(cache: Path) -> None:
     before = {(name, ref.name): ref.identity for name, its in refs(old).items() for ref in its}
     after = {(name, ref.name): ref.identity for name, its in refs(again).items() for ref in its}
     assert {key for key in after if after[key] != before[key]} == {("quality", "org/centred:x")}
+
+
+@pytest.mark.parametrize(("kind", "moved"), [("qwen3_next", True), ("bert", True), ("llama", False)])
+def test_what_a_gate_stood_before_is_measured_anew(kind: str, moved: bool, cache: Path) -> None:
+    """`attn.hook_z` of such families was once taken behind their gate, or from their values."""
+    add_saes(cache, "org/z", {"x": "blocks.1.attn.hook_z", "y": L1})
+    model = replace(MODEL, model_type=kind)
+    rows = schemas.rows("saes", resolve([spec("org/z:*")], model, cache_dir=cache)).to_pylist()
+    before = refs([row | dict.fromkeys(OLD) for row in rows])["quality"]
+    after = refs(rows)["quality"]
+    assert [ref.site for ref in after] == ["blocks.1.attn.hook_z", L1]
+    assert [ref.identity != was.identity for ref, was in zip(after, before, strict=True)] == [moved, False]

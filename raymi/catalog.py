@@ -98,6 +98,12 @@ def default_cache() -> Path:
     return Path(HF_HUB_CACHE).expanduser()
 
 
+def demo_cache() -> Path:
+    """Where `make demo` puts its models: in raymi's own cache, `$RAYMI_CACHE`, else `~/.cache/raymi`."""
+    own = os.environ.get("RAYMI_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "raymi"
+    return Path(own).expanduser() / "hub"
+
+
 def scan(
     cache_dir: Path | None = None, *, allow_pickle: bool = False, trust_remote_code: bool = False
 ) -> list[CachedModel]:
@@ -138,6 +144,8 @@ def find(
     if repo is None:
         near = _near(id, list(repos))
         hint = f"Did you mean {near}?" if near else f"`raymi models` lists what is there, `raymi fetch {id}` gets it."
+        if (demo_cache() / f"models--{id.replace('/', '--')}").is_dir():
+            hint = f"The demo has it: --cache-dir {demo_cache()}"
         raise UserError(f"no model {id!r} in {cache_dir or default_cache()}", hint=hint)
     commit = _commit(id, repo, revision) if revision else repo.main()
     return _describe(id, repo, commit, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)

@@ -5,13 +5,14 @@ from pathlib import Path
 import click
 
 from raymi import catalog
+from raymi.cli.options import target_option
 from raymi.cli.text import count, size
 from raymi.errors import UserError
 
 
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="The cache, in place of the one HF_HOME names.")
+@target_option
 @click.option("--allow-pickle", is_flag=True, help="Take pickled weights where a model has no others.")
 def command(models: tuple[str, ...], cache_dir: Path | None, allow_pickle: bool) -> None:
     """Download models into the Hugging Face cache: the files that are needed to run them, and no others.

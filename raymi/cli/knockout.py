@@ -15,7 +15,7 @@ import click
 from raymi import catalog
 from raymi.catalog import CachedModel
 from raymi.cli.knockout_text import comparison, header, lines
-from raymi.cli.options import unused_option
+from raymi.cli.options import cache_option, unused_option
 from raymi.cli.question import Question, plain
 from raymi.cli.text import terminal_width
 from raymi.errors import UserError
@@ -55,7 +55,7 @@ PROMPT, ANSWER = "The capital of France is", " Paris"
     help="Whether the prompt begins with a beginning-of-sequence token; auto: as the tokenizer does.",
 )
 @click.option("--output", type=click.Path(path_type=Path), help="A JSON file for the results, whole after every model.")
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="The cache, in place of the one HF_HOME names.")
+@cache_option
 @click.option(
     "--trust-remote-code", "trusted", multiple=True, metavar="MODEL", help="Run the code that this model brings along."
 )

@@ -9,12 +9,13 @@ import click
 
 from raymi import catalog
 from raymi.catalog import CachedModel
+from raymi.cli.options import cache_option
 from raymi.cli.text import count, size, table, terminal_width
 
 
 @click.command()
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="The cache, in place of the one HF_HOME names.")
+@cache_option
 @click.option("--json", "as_json", is_flag=True, help="Everything known of each model, as a JSON list.")
 def command(models: tuple[str, ...], cache_dir: Path | None, as_json: bool) -> None:
     """List the models in the Hugging Face cache, and say which can run and why the others cannot.

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from raymi.cli.caches import usual
 from raymi.store import DEFAULT, ENVVAR
 
 store_option = click.option(
@@ -20,7 +21,14 @@ store_option = click.option(
 )
 
 cache_option = click.option(
-    "--cache-dir", type=click.Path(path_type=Path), help="The cache, in place of the one HF_HOME names."
+    "--cache-dir",
+    type=click.Path(path_type=Path),
+    callback=usual,
+    help="The cache, in place of the one HF_HOME names, or of the demo's where that is empty.",
+)
+
+target_option = click.option(
+    "--cache-dir", type=click.Path(path_type=Path), help="The cache to fill, in place of the one HF_HOME names."
 )
 
 unused_option = click.option(
@@ -34,7 +42,10 @@ _OF_RUNS = (
     store_option,
     cache_option,
     click.option(
-        "--address", metavar="ADDRESS", help="Ray cluster to join: auto or host:port. [default: starts its own]"
+        "--address",
+        metavar="ADDRESS",
+        is_eager=True,  # which cache is meant depends on it
+        help="Ray cluster to join: auto or host:port. [default: starts its own]",
     ),
     click.option("--new", is_flag=True, help="Start another run of the same job."),
     click.option("--download", is_flag=True, help="Fetch models that the job names and the cache lacks."),

@@ -10,7 +10,7 @@ import click
 import yaml
 
 from raymi import catalog
-from raymi.cli.options import cache_option, run_options
+from raymi.cli.options import cache_option, run_options, target_option
 from raymi.cli.sae_question import MEASURES, Question, job_of, own_models
 from raymi.cli.text import count, table, terminal_width
 from raymi.errors import UserError
@@ -91,7 +91,7 @@ def inspect(where: str, cache_dir: Path | None, as_json: bool) -> None:
 
 @command.command()
 @click.argument("where")
-@cache_option
+@target_option
 def fetch(where: str, cache_dir: Path | None) -> None:
     """Download one SAE, REPO[@REVISION]:PATH, into the Hugging Face cache, and nothing else of its repository."""
     about = discover.fetch(where, cache_dir=cache_dir)

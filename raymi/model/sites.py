@@ -118,12 +118,15 @@ class Block:
 
 
 def decoder_layers(model: nn.Module, n_layers: int, run: Callable[[], object]) -> list[nn.Module]:
-    """The decoder's layers: the list of modules that a forward calls once each, in order.
+    """The decoder's layers: the one list of modules that a forward calls once each, in order, and that is in no other.
 
     Args:
         model: any causal language model.
         n_layers: as its config says.
         run: runs a short forward.
+
+    Raises:
+        NoSuchPlace: there is none, or more than one.
     """
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
     calls: dict[int, list[int]] = {id(candidate): [] for candidate in lists}
@@ -141,10 +144,16 @@ def decoder_layers(model: nn.Module, n_layers: int, run: Callable[[], object]) -
     finally:
         for handle in handles:
             handle.remove()
-    for candidate in lists:
-        if calls[id(candidate)] == list(range(n_layers)):
-            return list(candidate)
-    raise NoSuchPlace(f"no list of {n_layers} decoder layers that are called in order was found")
+    in_order = [candidate for candidate in lists if calls[id(candidate)] == list(range(n_layers))]
+    inside = {part for each in in_order for part in each.modules() if part is not each}
+    found = [candidate for candidate in in_order if candidate not in inside]
+    if len(found) > 1:
+        names = {id(module): name for name, module in model.named_modules()}
+        listed = ", ".join(names[id(candidate)] for candidate in found)
+        raise NoSuchPlace(f"{len(found)} lists of {n_layers} modules could be its decoder layers: {listed}")
+    if not found:
+        raise NoSuchPlace(f"no list of {n_layers} decoder layers that are called in order was found")
+    return list(found[0])
 
 
 def backbone(model: nn.Module, layers: list[nn.Module], run: Callable[[], object]) -> nn.Module:

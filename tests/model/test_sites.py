@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from raymi.model.hooked import HookedModel
 from raymi.model.interventions import Mask, add
-from raymi.model.sites import NAMES, NoSuchPlace, UnknownSite, parse
+from raymi.model.sites import NAMES, NoSuchPlace, UnknownSite, decoder_layers, parse
 from tests import oracles
 from tests.families import CONFIGS, PROMPT, Build, build, prompt
 
@@ -277,3 +277,38 @@ def test_edits_beside_a_large_channel(family: str, dtype: torch.dtype, large: fl
             out = ours.forward(prompt(), [(edit,)], own_attention=True).logits_BV[0]
             assert float((out - theirs_V).abs().max()) <= 1e-5 * scale
             assert float((theirs_V - clean_V).abs().max()) > 1e-3 * scale
+
+
+class _Listed(nn.Module):
+    """Norms in a list of their own beside the layers, each of which has as many parts as there are layers."""
+
+    def __init__(self, norms: bool):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(4) for _ in range(3)) if norms else None
+        self.layers = nn.ModuleList(_Parts() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for at, layer in enumerate(self.layers):
+            x = layer(self.norms[at](x) if self.norms is not None else x)
+        return x
+
+
+class _Parts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+def test_layers_are_never_the_first_list_that_would_do():
+    def found(model: nn.Module) -> list[nn.Module]:
+        return decoder_layers(model, 3, lambda: model(torch.ones(1, 2, 4)))
+
+    plain = _Listed(norms=False)
+    assert found(plain) == list(plain.layers)
+    with pytest.raises(NoSuchPlace, match="2 lists of 3 modules could be its decoder layers: norms, layers"):
+        found(_Listed(norms=True))

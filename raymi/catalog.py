@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from raymi import headcounts, snapshot
 from raymi.errors import UserError
 from raymi.heads import Heads
+from raymi.hubid import why_none
 from raymi.snapshot import DamagedError
 
 
@@ -143,7 +144,8 @@ def find(
     repo = repos.get(id)
     if repo is None:
         near = _near(id, list(repos))
-        hint = f"Did you mean {near}?" if near else f"`raymi models` lists what is there, `raymi fetch {id}` gets it."
+        gets = f". {why_none(ref)}" if why_none(ref) else f", `raymi fetch {id}` gets it."
+        hint = f"Did you mean {near}?" if near else f"`raymi models` lists what is there{gets}"
         if (demo_cache() / f"models--{id.replace('/', '--')}").is_dir():
             hint = f"The demo has it: --cache-dir {demo_cache()}"
         raise UserError(f"no model {id!r} in {cache_dir or default_cache()}", hint=hint)
@@ -166,6 +168,8 @@ def fetch(ref: str, cache_dir: Path | None = None, *, allow_pickle: bool = False
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  # httpx's, or httpx2's from 2 on
 
     id, _, revision = ref.partition("@")
+    if hint := why_none(ref):
+        raise UserError(f"{ref!r} is not the id of a model", hint=hint)
     try:
         about = HfApi().model_info(id, revision=revision or None)
         needed = snapshot.files_needed([file.rfilename for file in about.siblings or []])

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from raymi.errors import UserError
+from raymi.hubid import why_none
 from raymi.sae.description import Description, Normalisation
 from raymi.sae.formats import recognise
 from raymi.sae.source import Source, cached, locate, repositories
@@ -113,6 +114,8 @@ def fetch(where: str, *, cache_dir: Path | None = None) -> Description:
     place, _, path = where.partition(":")
     repo, _, revision = place.partition("@")
     path = path.strip("/")
+    if hint := why_none(place):
+        raise UserError(f"{where!r} names no repository", hint=f"{hint} Allowed: REPO[@REVISION]:PATH.")
     wanted = [f"{path}/*", path, "config.json"] if path else None
     try:
         snapshot_download(repo, revision=revision or None, cache_dir=cache_dir, allow_patterns=wanted)

@@ -31,9 +31,12 @@ _FACTORS = re.compile(
 """Numbers of a config that a module's output is multiplied with."""
 
 _Z_MOVED = frozenset(
-    "afmoe bailing_hybrid beam bert bert-generation bitnet camembert data2vec-text electra ernie jetmoe laguna lfm3 "
-    "qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next roberta roberta-prelayernorm roc_bert xlm-roberta "
-    "xlm-roberta-xl xmod".split()
+    (
+        *("afmoe", "bailing_hybrid", "beam", "bert", "bert-generation", "bitnet", "camembert", "data2vec-text"),
+        *("electra", "ernie", "jetmoe", "laguna", "lfm3", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text"),
+        *("qwen3_5_text", "qwen3_next", "roberta", "roberta-prelayernorm", "roc_bert", "xlm-roberta"),
+        *("xlm-roberta-xl", "xmod"),
+    )
 )
 """Families of which `attn.hook_z` was once taken to be something else: their values, or what a gate or norm makes."""
 

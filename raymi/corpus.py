@@ -2,15 +2,16 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, PrivateAttr, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo, model_validator
 
 from raymi.errors import UserError
 from raymi.fields import Fields, near, problem
@@ -20,6 +21,12 @@ _TOGETHER = 64
 """Documents that are tokenised at one time: no more of a large file than its first chunks need."""
 _SAMPLE = 200
 """Characters of a document that tell what a tokenizer puts before a text."""
+
+
+def _digest(value: object) -> object:
+    if isinstance(value, str) and not re.fullmatch("[0-9a-f]{64}", value):
+        raise problem(f"found {value!r}; allowed: 64 hexadecimal digits, as sha256sum writes them", found=value)
+    return value
 
 
 class Corpus(Fields):
@@ -37,7 +44,7 @@ class Corpus(Fields):
     """Tokens of a chunk, BOS included."""
     chunks: int | None = Field(default=None, strict=True, ge=1)
     """At most so many, from the beginning."""
-    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    sha256: Annotated[str | None, BeforeValidator(_digest)] = None
     """Of the file's bytes: filled in when it is read; a job that gives it is refused when the file is another."""
     _documents: tuple[str, ...] = PrivateAttr(default=())
 

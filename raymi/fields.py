@@ -21,7 +21,7 @@ class Fields(BaseModel):
         if isinstance(data, cls):
             return data
         if not isinstance(data, dict):
-            raise problem(f"found {data!r}; allowed: a mapping of {', '.join(fields)}", found=data)
+            raise problem(f"{found(data)}; allowed: a mapping of {', '.join(fields)}", found=data)
         unknown: list[object] = [key for key in data if key not in fields]  # pyright: ignore[reportUnknownVariableType]
         if unknown:
             raise problems(
@@ -75,15 +75,42 @@ def missing(field: str, *, found: object = None) -> ValidationError:
     return ValidationError.from_exception_data("job", [InitErrorDetails(type="missing", loc=(field,), input=found)])
 
 
+def found(value: object) -> str:
+    """How a message begins that is about a value."""
+    return "found nothing" if value is None else f"found {value!r}"
+
+
 def near(found: object, allowed: Iterable[str]) -> str:
     """` (did you mean 'x'?)` when `found` is nearly one of `allowed`, else nothing."""
     matches = get_close_matches(str(found), list(allowed), n=1)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
+_ALLOWED = {
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "string_type": "text (in quotes, where YAML would read a number or a date)",
+    "string_too_short": "at least one character",
+    "string_too_long": "at most {max_length} characters",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "path_type": "the path of a file",
+    "greater_than_equal": "{ge} or more",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "finite_number": "a finite number",
+}
+"""By pydantic's type of error."""
+
+
 def say(error: ErrorDetails) -> str:
     """One error of pydantic in raymi's words: what was found and what is allowed, but not where."""
-    found, message = error["input"], error["msg"]
+    value, message = error["input"], error["msg"]
     match error["type"]:
         case "missing":
             return "is missing"
@@ -91,6 +118,10 @@ def say(error: ErrorDetails) -> str:
             return message
         case "literal_error":
             allowed: list[str] = re.findall(r"'([^']*)'", error.get("ctx", {})["expected"])
-            return f"found {found!r}; allowed: {', '.join(allowed)}{near(found, allowed)}"
+            return f"{found(value)}; allowed: {', '.join(allowed)}{near(value, allowed)}"
+        case "tuple_type" if value is None:
+            return NOTHING
+        case kind if kind in _ALLOWED:
+            return f"{found(value)}; allowed: {_ALLOWED[kind].format(**error.get('ctx', {}))}"
         case _:
-            return f"found {found!r}; {message[:1].lower()}{message[1:]}"
+            return f"{found(value)}; {message[:1].lower()}{message[1:]}"

@@ -18,7 +18,7 @@ from raymi.experiments.axes import Axis, Position, pieces_of
 from raymi.experiments.knockout.spec import KnockoutSpec
 from raymi.experiments.sae.spec import SaeSpec
 from raymi.fed import Fed, plain_id
-from raymi.fields import NOTHING, Fields, Names, NotEmpty, missing, near, problem, say
+from raymi.fields import NOTHING, Fields, Names, NotEmpty, found, missing, near, problem, say
 from raymi.prompts import Bos, Prompt
 from raymi.promptsets import resolve
 from raymi.yamlfile import YamlFile
@@ -26,19 +26,26 @@ from raymi.yamlfile import YamlFile
 
 def _number(value: object) -> object:
     """A size as a number, which may be written `500M` or `1.5B`."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMB])", value.strip().upper()) if isinstance(value, str) else None
-    if found:
-        return round(float(found[1]) * {"K": 10**3, "M": 10**6, "B": 10**9}[found[2]])
+    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMB])", value.strip().upper()) if isinstance(value, str) else None
+    if size:
+        return round(float(size[1]) * {"K": 10**3, "M": 10**6, "B": 10**9}[size[2]])
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
-    raise problem(f"found {value!r}; allowed: a number of parameters, such as 500M or 1.5B", found=value)
+    raise problem(f"{found(value)}; allowed: a number of parameters, such as 500M or 1.5B", found=value)
 
 
 def _device(value: object) -> object:
     if isinstance(value, str) and re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
         return value
     kinds = ("auto", "cpu", "mps", "cuda")
-    raise problem(f"found {value!r}; allowed: auto, cpu, mps, cuda or cuda:1{near(value, kinds)}", found=value)
+    raise problem(f"{found(value)}; allowed: auto, cpu, mps, cuda or cuda:1{near(value, kinds)}", found=value)
+
+
+def _name(value: object) -> object:
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
+        allowed = "letters, digits, '-', '_' and '.', beginning with a letter or digit, at most 100 of them"
+        raise problem(f"found {value!r}; allowed: {allowed}, for runs and folders are called so", found=value)
+    return value
 
 
 class Models(Fields):
@@ -68,7 +75,7 @@ def _experiment(value: object, info: ValidationInfo) -> Any:
         raise missing("kind", found=value)
     spec = _KINDS.get(kind) if isinstance(kind, str) else None
     if spec is None:
-        raise problem(f"found {kind!r}; allowed: {', '.join(_KINDS)}{near(kind, _KINDS)}", "kind", found=kind)
+        raise problem(f"{found(kind)}; allowed: {', '.join(_KINDS)}{near(kind, _KINDS)}", "kind", found=kind)
     return spec.model_validate(value, context=info.context)
 
 
@@ -78,7 +85,7 @@ _MISSING = object()
 class Job(Fields):
     """A job with its prompts read: what travels to the replicas, and into the manifest, as JSON."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    name: Annotated[str, BeforeValidator(_name)]
     """What its runs are called; a file's own name when it gives none."""
     models: Models = Models()
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -148,8 +155,8 @@ class Job(Fields):
     @cached_property
     def corpora(self) -> tuple[Corpus, ...]:
         """The corpora of its experiments, each once."""
-        found = [corpus for spec in self.experiments if (corpus := _corpus(spec))]
-        return tuple({(corpus.id, corpus.chunks): corpus for corpus in found}.values())
+        corpora = [corpus for spec in self.experiments if (corpus := _corpus(spec))]
+        return tuple({(corpus.id, corpus.chunks): corpus for corpus in corpora}.values())
 
     @property
     def sae_experiments(self) -> tuple[SaeSpec, ...]:
@@ -184,12 +191,13 @@ def _positions(spec: Spec) -> list[tuple[str, Axis[Position]]]:
     return [("queries", spec.queries), ("keys", spec.keys)]
 
 
-def load_job(path: Path, sets: Sequence[str] = ()) -> Job:
+def load_job(path: Path, sets: Sequence[str] = (), notes: list[str] | None = None) -> Job:
     """Reads a job file.
 
     Args:
         path: the YAML file; the prompt files that it names are relative to it.
         sets: `key=value` with dotted keys, such as `experiments.0.layers=all`; they win over the file.
+        notes: gets what is no error, and what the user may want to know all the same.
 
     Raises:
         UserError: naming file (or `--set`), line, field, what was found and what is allowed.
@@ -198,15 +206,20 @@ def load_job(path: Path, sets: Sequence[str] = ()) -> Job:
     for assignment in sets:
         file.set(assignment)
     data = file.data()
+    named = "name" in data
     data.setdefault("name", path.stem)
+    context = {"folder": path.parent, "notes": [] if notes is None else notes}
     try:
-        return Job.model_validate(data, context={"folder": path.parent})
+        return Job.model_validate(data, context=context)
     except ValidationError as errors:
-        raise UserError("\n".join(_at(file, error) for error in errors.errors())) from None
+        said = "\n".join(_at(file, error, named=named) for error in errors.errors())
+        raise UserError(said) from None
 
 
-def _at(file: YamlFile, error: ErrorDetails) -> str:
+def _at(file: YamlFile, error: ErrorDetails, *, named: bool) -> str:
     *within, last = error["loc"]
+    if last == "name" and not within and not named:
+        return f"{file.place(())}: name is missing, and the file's own cannot stand in for it: {say(error)}"
     return (
         f"{file.place(within)}: {last} {say(error)}"
         if error["type"] == "missing"

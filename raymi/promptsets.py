@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -40,7 +40,7 @@ class Written(Fields):
             raise problem(f"found {self.wrong!r}, which is the answer itself", "wrong")
         return self
 
-    def prompts(self, _folder: Path) -> list[Prompt]:
+    def prompts(self, _folder: Path, _notes: list[str]) -> list[Prompt]:
         said = [self.text, self.answer, self.wrong, self.subject]
         name = self.id or sha256(json.dumps(said).encode()).hexdigest()[:12]
         return [Prompt(name, self.text, self.answer, self.wrong, self.subject)]
@@ -59,8 +59,8 @@ class FromFile(Fields):
             raise problem(f"there is no file {str(_folder(info) / self.file)!r}", "file")
         return self
 
-    def prompts(self, folder: Path) -> list[Prompt]:
-        return read_file(folder / self.file)
+    def prompts(self, folder: Path, notes: list[str]) -> list[Prompt]:
+        return read_file(folder / self.file, notes)
 
 
 class FromSet(Fields):
@@ -70,7 +70,7 @@ class FromSet(Fields):
     """`capitals` of countries, with the country as subject; `ioi`, indirect object identification, with the name that
     occurs twice as subject and as wrong answer."""
 
-    def prompts(self, _folder: Path) -> list[Prompt]:
+    def prompts(self, _folder: Path, _notes: list[str]) -> list[Prompt]:
         with as_file(files("raymi") / "data" / f"{self.set}.jsonl") as path:
             return read_file(path)
 
@@ -99,8 +99,9 @@ def resolve(value: object, info: ValidationInfo) -> tuple[Prompt, ...]:
     entries = value if isinstance(value, list | tuple) else [value]
     prompts: list[Prompt] = []
     seen: set[str] = set()
+    notes: list[str] = (info.context or {}).get("notes", [])
     for index, source in enumerate(_SOURCES.validate_python(entries, context=info.context)):
-        for prompt in source.prompts(_folder(info)):
+        for prompt in source.prompts(_folder(info), notes):
             if prompt.id in seen:
                 raise problem(f"found a second prompt with the id {prompt.id!r}: {prompt.text!r}", index)
             seen.add(prompt.id)
@@ -112,16 +113,19 @@ def _folder(info: ValidationInfo) -> Path:
     return (info.context or {}).get("folder", Path())
 
 
-def read_file(path: Path) -> list[Prompt]:
+def read_file(path: Path, notes: list[str] | None = None) -> list[Prompt]:
     """The prompts of a JSONL, CSV or Parquet file. UserError with file and line (Parquet: row) where one is wrong.
 
-    Columns are the fields of an inline prompt; others are passed over unless they look like one misspelt.
+    Columns are the fields of an inline prompt; others are passed over unless they look like one misspelt, and `notes`
+    gets their names.
     """
     prompts: list[Prompt] = []
     seen: dict[str, str] = {}
+    columns: dict[str, None] = {}
     try:
         for number, row in _READERS[path.suffix](path):
             place = f"{path}:{number}"
+            columns |= dict.fromkeys(row if isinstance(row, Mapping) else ())
             prompt = _prompt(place, row)
             if prompt.id in seen:
                 raise UserError(f"{place}: id: {prompt.id!r} is already the id of {seen[prompt.id]}")
@@ -131,6 +135,10 @@ def read_file(path: Path) -> list[Prompt]:
         raise UserError(f"{path}: cannot be read: {error}") from error
     if not prompts:
         raise UserError(f"{path}: holds no prompts")
+    unused = [column for column in columns if column not in Written.model_fields]
+    if unused and notes is not None:
+        columns_are = "column is" if len(unused) == 1 else "columns are"
+        notes.append(f"{path}: {len(unused)} {columns_are} not used: {', '.join(unused)}")
     return prompts
 
 
@@ -140,7 +148,7 @@ def _prompt(place: str, row: object) -> Prompt:
         absent = Written.model_fields.keys() - row.keys()
         row = {key: value for key, value in row.items() if key in Written.model_fields or near(key, absent)}
     try:
-        return Written.model_validate(row).prompts(Path())[0]
+        return Written.model_validate(row).prompts(Path(), [])[0]
     except ValidationError as errors:
         raise UserError(
             "\n".join(": ".join([place, *map(str, error["loc"]), say(error)]) for error in errors.errors())
@@ -160,11 +168,32 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         rows = csv.DictReader(lines, strict=True)
-        for row in rows:
-            if None in row:
-                raise UserError(f"{path}:{rows.line_num}: has more fields than the header")
-            # A CSV file cannot tell nothing from an empty text; only the text of a prompt must not be empty.
-            yield f"{rows.line_num}", {key: value for key, value in row.items() if value or key == "text"}
+        _check_header(path, rows.fieldnames or ())
+        begun = rows.line_num + 1
+        try:
+            for row in rows:
+                if None in row:
+                    raise UserError(f"{path}:{rows.line_num}: has more fields than the header")
+                # A CSV file cannot tell nothing from an empty text; only the text of a prompt must not be empty.
+                yield f"{rows.line_num}", {key: value for key, value in row.items() if value or key == "text"}
+                begun = rows.line_num + 1
+        except csv.Error as error:
+            if str(error) == "unexpected end of data":
+                raise UserError(
+                    f"{path}:{begun}: a quote is opened and never closed",
+                    hint='A quote within a text is written twice, and the text stands in quotes: "say ""yes""".',
+                ) from None
+            at = rows.reader.line_num
+            lines_are = f"{begun}" if begun >= at else f"{begun}-{at}"
+            raise UserError(f"{path}:{lines_are}: is no CSV: {error}") from None
+
+
+def _check_header(path: Path, names: Sequence[str]) -> None:
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UserError(f"{path}:1: the header has {twice[0]!r} more than once")
+    if len(names) == 1 and any(mark in names[0] and "text" in names[0].split(mark) for mark in ";\t|"):
+        raise UserError(f"{path}:1: found one column, {names[0]!r}; allowed: fields with commas between them")
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:

@@ -50,11 +50,9 @@ class YamlFile:
     def data(self) -> dict[str, Any]:
         """All of it as plain values."""
         try:
-            return SafeConstructor().construct_document(self._root)
+            return _Constructor().construct_document(self._root)
         except yaml.YAMLError as error:
             raise _no_yaml(self._root.start_mark.name, error) from None
-        except ValueError as error:  # a date that is none
-            raise UserError(f"{self._root.start_mark.name}: {error}") from None
 
     def place(self, path: Sequence[str | int]) -> str:
         """`file:line: field` of what stands at a path, or of the deepest part of the path that the file has.
@@ -70,8 +68,32 @@ class YamlFile:
                 field = f"{field}.{part}" if depth else field
         if node.start_mark.name.startswith("--set "):
             return f"{node.start_mark.name}: {field}"
-        where = f"{seen.start_mark.name}:{seen.start_mark.line + 1}"
+        where = _where(seen.start_mark)
         return f"{where}: {field}" if field else where
+
+
+class _Constructor(SafeConstructor):
+    """Makes plain values, and says of each that cannot be made where it stands: it may come from `--set`."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)  # pyright: ignore[reportUnknownMemberType]
+        except yaml.constructor.ConstructorError as error:
+            if error.problem and "determine a constructor" in error.problem:
+                what = f"found the tag {_tag(node)!r}; allowed: none (a text that begins with ! stands in quotes)"
+                raise UserError(f"{_where(node.start_mark)}: {what}") from None
+            raise
+        except (ValueError, AttributeError, TypeError):  # such as a date that is none
+            raise UserError(f"{_where(node.start_mark)}: {node.value!r} is no {_tag(node)}") from None
+
+
+def _tag(node: yaml.Node) -> str:
+    return str(node.tag).replace("tag:yaml.org,2002:", "!!")
+
+
+def _where(mark: yaml.Mark) -> str:
+    """`file:line`; what comes from the command line has no lines."""
+    return mark.name if mark.name.startswith("--set ") else f"{mark.name}:{mark.line + 1}"
 
 
 def _compose(name: str, text: str) -> yaml.Node | None:
@@ -84,8 +106,10 @@ def _compose(name: str, text: str) -> yaml.Node | None:
     for mapping in _mappings(root):
         keys: set[str] = set()
         for key, _ in mapping.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise UserError(f"{_where(key.start_mark)}: found a list or a mapping for a key; allowed: a word")
             if key.value in keys:
-                raise UserError(f"{name}:{key.start_mark.line + 1}: {key.value}: stands here a second time")
+                raise UserError(f"{_where(key.start_mark)}: {key.value}: stands here a second time")
             keys.add(key.value)
     return root
 
@@ -106,7 +130,7 @@ def _mappings(root: yaml.Node | None) -> Iterator[yaml.MappingNode]:
 
 def _no_yaml(name: str, error: yaml.YAMLError) -> UserError:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        return UserError(f"{name}:{error.problem_mark.line + 1}: is no valid YAML: {error.problem}")
+        return UserError(f"{_where(error.problem_mark)}: is no valid YAML: {error.problem}")
     return UserError(f"{name}: is no valid YAML: {error}")
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raymi.errors import UserError
-from raymi.job import make_job
+from raymi.job import load_job, make_job
 from raymi.prompts import Prompt
 from raymi.promptsets import read_file
 
@@ -65,7 +65,7 @@ def test_ids_are_hashes_of_what_is_said(tmp_path: Path) -> None:
         (
             "p.jsonl",
             '{"text": "a"}\n{"text": "b", "answer": 5}',
-            ["p.jsonl:2: answer: found 5; input should be a valid string"],
+            ["p.jsonl:2: answer: found 5; allowed: text"],
         ),
         ("p.jsonl", '{"text": "a"}\n{"text": ', ["p.jsonl:2: is no JSON"]),
         ("p.jsonl", '{"text": "a"}\n["b"]', ["p.jsonl:2: found ['b']; allowed: a mapping of text, answer"]),
@@ -78,7 +78,11 @@ def test_ids_are_hashes_of_what_is_said(tmp_path: Path) -> None:
         ("p.csv", "answer\n b", ["p.csv:2: text: is missing"]),
         ("p.csv", 'text,answer\n"a\nb", c\n, b', ["p.csv:4: text: found an empty prompt"]),
         ("p.csv", "text,answer\na, b, c", ["p.csv:2: has more fields than the header"]),
-        ("p.csv", 'text\n"a', ["p.csv: cannot be read"]),
+        ("p.csv", 'text\n"a', ["p.csv:2: a quote is opened and never closed"]),
+        ("p.csv", 'text\na\n"b\nc\n\nd\n', ["p.csv:3: a quote is opened and never closed", '"say ""yes"""']),
+        ("p.csv", 'text,answer\n"a, b\nc, "d"\n', ["p.csv:2-3: is no CSV: "]),
+        ("p.csv", "text,answer,text\na, b,c", ["p.csv:1: the header has 'text' more than once"]),
+        ("p.csv", "text;answer\na; b", ["p.csv:1: found one column, 'text;answer'; allowed: fields with commas"]),
         ("p.parquet", "no parquet", ["p.parquet: cannot be read"]),
     ],
 )
@@ -88,6 +92,20 @@ def test_bad_files(name: str, content: str | bytes, expected: list[str], tmp_pat
         read_file(tmp_path / name)
     for part in expected:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_columns_that_are_not_used_are_named(kind: str, tmp_path: Path) -> None:
+    rows = [{"text": "a", "target": " b", "note": "c"}, {"text": "d", "target": " e", "note": "f"}]
+    path = {"csv": as_csv, "jsonl": as_jsonl, "parquet": as_parquet}[kind](tmp_path / "p", rows)
+    notes: list[str] = []
+    assert len(read_file(path, notes)) == 2
+    assert notes == [f"{path}: 2 columns are not used: target, note"]
+    job = tmp_path / "job.yaml"
+    job.write_text(f"prompts: [{{file: {path.name}}}, {{set: ioi}}]\nexperiments: [{{kind: knockout, layers: 0}}]")
+    said: list[str] = []
+    load_job(job, notes=said)
+    assert said == notes
 
 
 def test_wrong_types_of_parquet_name_the_row(tmp_path: Path) -> None:

@@ -133,13 +133,16 @@ def _job(path: Path, sets: Sequence[str], given: dict[str, str], models: Sequenc
     """The job as the command line changes it; `given` are fields that have an option of their own."""
     from raymi.job import Models, load_job
 
+    notes: list[str] = []
     try:
-        job = load_job(path, [*sets, *(f"{field}={value}" for field, value in given.items())])
+        job = load_job(path, [*sets, *(f"{field}={value}" for field, value in given.items())], notes)
     except UserError as error:
         said = error.what
         for field, value in given.items():
             said = said.replace(f"--set {field}={value}: {field}: ", f"--{field}: ")
         raise UserError(said, hint=error.hint) from None
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
     return job.model_copy(update={"models": Models(include=tuple(models))}) if models else job
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from raymi.errors import UserError
-from raymi.fields import Fields, near, problem
+from raymi.fields import Fields, found, near, problem
 from raymi.prompts import TokenizedPrompt
 
 
@@ -46,14 +46,14 @@ def _element(value: object, words: Sequence[str], allowed: str, nested: type[Fie
         return nested.model_validate(value)
     keys = ["each", "together", *fields]
     hint = "".join(near(key, keys) for key in value) if isinstance(value, Mapping) else near(value, words)
-    raise problem(f"found {value!r}; allowed: {allowed}{hint}", found=value)
+    raise problem(f"{found(value)}; allowed: {allowed}{hint}", found=value)
 
 
 def _layer(value: object) -> Any:
     if isinstance(value, float):
         if 0 <= value <= 1:
             return value
-        raise problem(f"found {value!r}; allowed: {LAYERS}", found=value)
+        raise problem(f"{found(value)}; allowed: {LAYERS}", found=value)
     return _element(value, ("all", "middle"), LAYERS, Window)
 
 

@@ -276,7 +276,7 @@ LAYERS = "allowed: all, middle, an index, a negative index, a fraction of depth 
     [
         ({"layers": "midle"}, ("layers",), f"found 'midle'; {LAYERS} (did you mean 'middle'?)"),
         ({"layers": True}, ("layers",), f"found True; {LAYERS}"),
-        ({"layers": None}, ("layers",), f"found None; {LAYERS}"),
+        ({"layers": None}, ("layers",), f"found nothing; {LAYERS}"),
         ({"layers": 1.5}, ("layers",), f"found 1.5; {LAYERS}"),
         ({"layers": {"widow": 3}}, ("layers",), f"found {{'widow': 3}}; {LAYERS} (did you mean 'window'?)"),
         ({"layers": {"ech": 3}}, ("layers",), f"found {{'ech': 3}}; {LAYERS} (did you mean 'each'?)"),

@@ -7,6 +7,7 @@ from importlib import import_module
 
 import click
 
+from raymi import outlet
 from raymi.errors import UserError
 
 VERBS = {
@@ -49,17 +50,32 @@ def raymi() -> None:
 
 
 def main() -> None:
-    """Runs the command line and exits: with a verb's own code, a mistake's code (2), or 130 after Ctrl-C."""
+    """Runs the command line and exits: with a verb's own code, a mistake's code (2), or 130 after Ctrl-C.
+
+    When standard output is gone, the code is `outlet.CLOSED`; when it cannot be written, `outlet.FULL`.
+    """
     gc.set_threshold(100_000)  # imports and file headers make many small objects and no cycles: a fifth of the time
+    outlet.install()
     try:
-        code = raymi.main(prog_name="raymi", standalone_mode=False)
+        code = _code()
+        sys.stdout.flush()
+    except outlet.OutputLost as lost:
+        if lost.why:
+            click.echo(f"Error: {lost.why}", err=True)
+        code = lost.code
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def _code() -> int:
+    try:
+        return raymi.main(prog_name="raymi", standalone_mode=False)
     except UserError as error:
         click.echo(f"Error: {error}", err=True)
-        code = error.exit_code
+        return error.exit_code
     except click.ClickException as error:
         error.show()
-        code = error.exit_code
+        return error.exit_code
     except click.Abort:
         click.echo("Interrupted.", err=True)
-        code = INTERRUPTED
-    sys.exit(code)
+        return INTERRUPTED

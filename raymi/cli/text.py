@@ -5,6 +5,8 @@ import shutil
 import sys
 from collections.abc import Collection, Iterable, Sequence
 
+from raymi.outlet import clean
+
 
 def count(number: int | None) -> str:
     """A number of parameters: 134.5M."""
@@ -27,7 +29,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collec
         right: the columns that are aligned to the right.
         width: of the terminal in characters; 0 for as wide as it gets.
     """
-    cells = [list(header), *(list(row) for row in rows)]
+    cells = [[clean(cell) for cell in row] for row in (header, *rows)]  # before they are measured
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     if width:
         rest = width - sum(widths[1:]) - 2 * len(widths[1:])

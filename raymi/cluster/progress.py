@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Column
 from rich.text import Text
 
+from raymi import outlet
 from raymi.cluster.messages import Phase, Status
 
 PLAIN_SECONDS = 10.0
@@ -39,7 +40,7 @@ def display(before: Mapping[str, int]) -> Display:
     Args:
         before: how much of each model was measured by earlier commands.
     """
-    console = Console(stderr=True)
+    console = Console(file=outlet.controls())
     return Bars(console, before) if console.is_terminal else Lines(before)
 
 
@@ -86,12 +87,12 @@ class Bars:
         )
 
     def say(self, line: str) -> None:
-        self._progress.console.print(line, markup=False, highlight=False)
+        self._progress.console.print(outlet.clean(line), markup=False, highlight=False)
 
     def update(self, statuses: Mapping[str, Status]) -> None:
         for key, status in statuses.items():
             if key not in self._tasks:
-                self._tasks[key] = self._progress.add_task(key, total=None)
+                self._tasks[key] = self._progress.add_task(outlet.clean(key), total=None)
             before = self._before.get(key, 0)
             total = None if status.units is None else before + status.ablations
             self._progress.update(
@@ -103,6 +104,7 @@ class Bars:
 
     def __enter__(self) -> Self:
         self._progress.start()
+        outlet.install()  # rich has put streams of its own in the place of the two
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

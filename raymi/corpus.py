@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo, model_validator
 
-from raymi.errors import UserError
+from raymi.errors import UserError, quoted
 from raymi.fields import Fields, near, problem
 from raymi.prompts import Bos, Prompt, TokenizedPrompt, Tokenizer, display, tokenize
 
@@ -183,13 +183,13 @@ _READERS: Mapping[str, Callable[[Path, str], Iterator[str]]] = {".jsonl": _jsonl
 
 def _field(place: str, row: object, field: str) -> str:
     if not isinstance(row, Mapping):
-        raise UserError(f"{place}: found {row!r}; allowed: an object with the field {field!r}")
+        raise UserError(f"{place}: found {quoted(row)}; allowed: an object with the field {field!r}")
     row = cast(Mapping[str, object], row)
     if field not in row:
         raise UserError(f"{place}: {field} is missing{near(field, row)}")
     text = row[field]
     if not isinstance(text, str):
-        raise UserError(f"{place}: {field}: found {text!r}; allowed: text")
+        raise UserError(f"{place}: {field}: found {quoted(text)}; allowed: text")
     return text
 
 

@@ -1,12 +1,18 @@
 """What everything in a job file is made of: models that know their fields, and errors that say what would be right."""
 
 import re
-from collections.abc import Iterable, Sized
+from collections.abc import Callable, Iterable, Sized
 from difflib import get_close_matches
+from itertools import zip_longest
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+
+from raymi.errors import MOST_QUOTED, quoted
+
+_MOST_LINES = 20
+"""Of what is wrong at one time, so much is said."""
 
 
 class Fields(BaseModel):
@@ -24,8 +30,10 @@ class Fields(BaseModel):
             raise problem(f"{found(data)}; allowed: a mapping of {', '.join(fields)}", found=data)
         unknown: list[object] = [key for key in data if key not in fields]  # pyright: ignore[reportUnknownVariableType]
         if unknown:
+            likely = [near(key, fields) for key in unknown[:_MOST_LINES]]
             raise problems(
-                (f"unknown field; allowed: {', '.join(fields)}{near(key, fields)}", (key,)) for key in unknown
+                (f"unknown field; allowed: {', '.join(fields)}{meant}", (key,))
+                for key, meant in zip_longest(unknown, likely, fillvalue="")
             )
         return data  # pyright: ignore[reportUnknownVariableType]
 
@@ -77,12 +85,13 @@ def missing(field: str, *, found: object = None) -> ValidationError:
 
 def found(value: object) -> str:
     """How a message begins that is about a value."""
-    return "found nothing" if value is None else f"found {value!r}"
+    return "found nothing" if value is None else f"found {quoted(value)}"
 
 
 def near(found: object, allowed: Iterable[str]) -> str:
     """` (did you mean 'x'?)` when `found` is nearly one of `allowed`, else nothing."""
-    matches = get_close_matches(str(found), list(allowed), n=1)
+    said = found if isinstance(found, str) else quoted(found)
+    matches = get_close_matches(said[:MOST_QUOTED], list(allowed), n=1)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
@@ -125,3 +134,15 @@ def say(error: ErrorDetails) -> str:
             return f"{found(value)}; allowed: {_ALLOWED[kind].format(**error.get('ctx', {}))}"
         case _:
             return f"{found(value)}; {message[:1].lower()}{message[1:]}"
+
+
+def all_said(errors: ValidationError, one: Callable[[ErrorDetails], str]) -> str:
+    """What pydantic found wrong, a line each: the first of it, where there is much.
+
+    Args:
+        errors: what was found.
+        one: a line that says what and where.
+    """
+    each = errors.errors(include_url=False)
+    more = [f"... and {len(each) - _MOST_LINES:,} more"] if len(each) > _MOST_LINES else []
+    return "\n".join([*map(one, each[:_MOST_LINES]), *more])

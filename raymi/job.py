@@ -13,12 +13,12 @@ from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, mo
 from pydantic_core import ErrorDetails
 
 from raymi.corpus import Corpus
-from raymi.errors import UserError
+from raymi.errors import UserError, quoted
 from raymi.experiments.axes import Axis, Position, pieces_of
 from raymi.experiments.knockout.spec import KnockoutSpec
 from raymi.experiments.sae.spec import SaeSpec
 from raymi.fed import Fed, plain_id
-from raymi.fields import NOTHING, Fields, Names, NotEmpty, found, missing, near, problem, say
+from raymi.fields import NOTHING, Fields, Names, NotEmpty, all_said, found, missing, near, problem, say
 from raymi.prompts import Bos, Prompt
 from raymi.promptsets import resolve
 from raymi.yamlfile import YamlFile
@@ -131,13 +131,13 @@ class Job(Fields):
         ids = [prompt.id for prompt in self.prompts]
         for at, pattern in enumerate(spec.prompts):
             if not matching(ids, pattern):
-                message = f"found {pattern!r}, which matches the id of no prompt{near(pattern, ids)}"
+                message = f"found {quoted(pattern)}, which matches the id of no prompt{near(pattern, ids)}"
                 raise problem(message, "experiments", index, "prompts", at)
         for field, axis in _positions(spec):
             for piece in pieces_of(axis):
                 for prompt in self.prompts:
                     if spec.chooses(prompt.id) and prompt.piece(piece) is None:
-                        message = f"found {piece!r}, which prompt {prompt.id!r} has not: {prompt.text!r}"
+                        message = f"found {quoted(piece)}, which prompt {prompt.id!r} has not: {quoted(prompt.text)}"
                         raise problem(message, "experiments", index, field)
 
     @property
@@ -212,8 +212,7 @@ def load_job(path: Path, sets: Sequence[str] = (), notes: list[str] | None = Non
     try:
         return Job.model_validate(data, context=context)
     except ValidationError as errors:
-        said = "\n".join(_at(file, error, named=named) for error in errors.errors())
-        raise UserError(said) from None
+        raise UserError(all_said(errors, lambda error: _at(file, error, named=named))) from None
 
 
 def _at(file: YamlFile, error: ErrorDetails, *, named: bool) -> str:
@@ -232,6 +231,5 @@ def make_job(data: Mapping[str, object]) -> Job:
     try:
         return Job.model_validate(data)
     except ValidationError as errors:
-        raise UserError(
-            "\n".join(f"{'.'.join(map(str, error['loc']))}: {say(error)}" for error in errors.errors())
-        ) from None
+        said = all_said(errors, lambda error: f"{'.'.join(map(str, error['loc']))}: {say(error)}")
+        raise UserError(said) from None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Literal, NamedTuple, Protocol
 
-from raymi.errors import UserError
+from raymi.errors import UserError, quoted
 
 Bos = Literal["auto", "always", "never"]
 
@@ -136,7 +136,7 @@ def tokenize(
     ):
         who = f"{model}: prompt {prompt.id!r}"
         if not read.ids:
-            raise UserError(f"{who}: {prompt.text!r} has no tokens")
+            raise UserError(f"{who}: {quoted(prompt.text)} has no tokens")
         shared, answer_id, wrong_id = _targets(who, tokenizer, prompt, read.ids, answer, wrong)
         token_ids = (*prefix, *read.ids, *shared)
         tokenized.append(
@@ -231,7 +231,7 @@ def _encode(
     except Exception as error:  # the tokenizers library raises nothing narrower
         if len(texts) > 1:  # which one is it?
             return [_encode(model, tokenizer, [text], special=special, offsets=offsets)[0] for text in texts]
-        raise UserError(f"{model}: its tokenizer cannot read {texts[0]!r}: {error}") from error
+        raise UserError(f"{model}: its tokenizer cannot read {quoted(texts[0])}: {error}") from error
     spans = batch["offset_mapping"] if offsets else [None] * len(texts)
     return [_Encoded(list(ids), span) for ids, span in zip(batch["input_ids"], spans, strict=True)]
 
@@ -289,7 +289,7 @@ def _targets(
         if a != b:
             return right[:index], a, b
     raise UserError(
-        f"{who}: no token tells the answer {prompt.answer!r} from the wrong answer {prompt.wrong!r}: "
+        f"{who}: no token tells the answer {quoted(prompt.answer)} from the wrong answer {quoted(prompt.wrong)}: "
         f"{display(tokenizer, right)} and {display(tokenizer, other)}"
     )
 
@@ -299,12 +299,12 @@ def _continuation(
 ) -> list[int]:
     if joint[: len(ids)] != ids:
         raise UserError(
-            f"{who}: {text!r} and its answer {answer!r} are not tokenised jointly: the prompt alone is "
+            f"{who}: {quoted(text)} and its answer {quoted(answer)} are not tokenised jointly: the prompt alone is "
             f"{display(tokenizer, ids)}, with the answer it becomes {display(tokenizer, joint)}",
             hint="A blank between the two belongs to the beginning of the answer, not to the end of the prompt.",
         )
     if len(joint) == len(ids):
-        raise UserError(f"{who}: the answer {answer!r} adds no token to {text!r}")
+        raise UserError(f"{who}: the answer {quoted(answer)} adds no token to {quoted(text)}")
     return joint[len(ids) :]
 
 
@@ -316,5 +316,5 @@ def _overlap(who: str, text: str, span: tuple[int, int], read: _Encoded, shift: 
     # Some tokenizers give spans that are none, and a wrong position would go unseen. Blanks may belong to no token.
     covered = {at for index in found for at in range(*offsets[index])}
     if any(at not in covered and not text[at].isspace() for at in range(start, end)):
-        raise UserError(f"{who}: its tokenizer does not say which tokens stand for {text[start:end]!r}")
+        raise UserError(f"{who}: its tokenizer does not say which tokens stand for {quoted(text[start:end])}")
     return tuple(index + shift for index in found)

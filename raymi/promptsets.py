@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError, ValidationInfo, model_validator
 
-from raymi.errors import UserError
-from raymi.fields import Fields, near, problem, say
+from raymi.errors import UserError, quoted
+from raymi.fields import Fields, all_said, near, problem, say
 from raymi.prompts import Prompt
 
 
@@ -33,11 +33,11 @@ class Written(Fields):
         if not self.text.strip():
             raise problem("found an empty prompt", "text")
         if self.subject is not None and self.subject not in self.text:
-            raise problem(f"found {self.subject!r}, which is not in the text {self.text!r}", "subject")
+            raise problem(f"found {quoted(self.subject)}, which is not in the text {quoted(self.text)}", "subject")
         if self.wrong is not None and self.answer is None:
             raise problem("a wrong answer needs an answer", "wrong")
         if self.wrong is not None and self.wrong == self.answer:
-            raise problem(f"found {self.wrong!r}, which is the answer itself", "wrong")
+            raise problem(f"found {quoted(self.wrong)}, which is the answer itself", "wrong")
         return self
 
     def prompts(self, _folder: Path, _notes: list[str]) -> list[Prompt]:
@@ -103,7 +103,7 @@ def resolve(value: object, info: ValidationInfo) -> tuple[Prompt, ...]:
     for index, source in enumerate(_SOURCES.validate_python(entries, context=info.context)):
         for prompt in source.prompts(_folder(info), notes):
             if prompt.id in seen:
-                raise problem(f"found a second prompt with the id {prompt.id!r}: {prompt.text!r}", index)
+                raise problem(f"found a second prompt with the id {prompt.id!r}: {quoted(prompt.text)}", index)
             seen.add(prompt.id)
             prompts.append(prompt)
     return tuple(prompts)
@@ -150,9 +150,8 @@ def _prompt(place: str, row: object) -> Prompt:
     try:
         return Written.model_validate(row).prompts(Path(), [])[0]
     except ValidationError as errors:
-        raise UserError(
-            "\n".join(": ".join([place, *map(str, error["loc"]), say(error)]) for error in errors.errors())
-        ) from None
+        said = all_said(errors, lambda error: ": ".join([place, *map(str, error["loc"]), say(error)]))
+        raise UserError(said) from None
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:

@@ -1,5 +1,6 @@
 """A YAML file that remembers where everything in it stands."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,17 @@ from typing import Any
 import yaml
 from yaml.constructor import SafeConstructor
 
-from raymi.errors import UserError
+from raymi.errors import MOST_QUOTED, UserError, quoted, shortened
 
 _MAP = "tag:yaml.org,2002:map"
 _STR = "tag:yaml.org,2002:str"
 _NULL = "tag:yaml.org,2002:null"
+_DEEPEST = 100
+"""Lists and mappings within each other."""
+_MOST_REPEATED = 1_000_000
+"""Characters by which aliases (`*name`) may make a file more than it is: a few lines can stand for many gigabytes."""
+_LARGEST = 2**63
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class YamlFile:
@@ -31,11 +38,13 @@ class YamlFile:
 
     def set(self, assignment: str) -> None:
         """Sets one value: `key=value`, where the key is dotted (`experiments.0.layers`) and the value is YAML."""
-        origin = f"--set {assignment}"
+        origin = f"--set {shortened(assignment, MOST_QUOTED)}"
         key, equals, text = assignment.partition("=")
         *parents, last = key.strip().split(".")
         if not equals or not all([*parents, last]):
             raise UserError(f"{origin}: allowed: key=value, such as experiments.0.layers=all")
+        if len(parents) > _DEEPEST:
+            raise UserError(f"{origin}: found {len(parents) + 1} fields within each other; allowed: {_DEEPEST}")
         mark = yaml.Mark(origin, 0, 0, 0, None, 0)
         value = _compose(origin, text) or yaml.ScalarNode(_NULL, "", mark, mark)
         node: yaml.Node = self._root
@@ -77,14 +86,73 @@ class _Constructor(SafeConstructor):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)  # pyright: ignore[reportUnknownMemberType]
+            value: Any = super().construct_object(node, deep)  # pyright: ignore[reportUnknownMemberType]
         except yaml.constructor.ConstructorError as error:
             if error.problem and "determine a constructor" in error.problem:
                 what = f"found the tag {_tag(node)!r}; allowed: none (a text that begins with ! stands in quotes)"
                 raise UserError(f"{_where(node.start_mark)}: {what}") from None
             raise
-        except (ValueError, AttributeError, TypeError):  # such as a date that is none
-            raise UserError(f"{_where(node.start_mark)}: {node.value!r} is no {_tag(node)}") from None
+        except (ValueError, AttributeError, TypeError, LookupError, ArithmeticError):  # such as a date that is none
+            raise UserError(f"{_where(node.start_mark)}: {quoted(node.value)} is no {_tag(node)}") from None
+        if type(value) is int and not -_LARGEST <= value < _LARGEST:
+            raise UserError(f"{_where(node.start_mark)}: {quoted(node.value)} is too large a number")
+        return value
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads a document whose values, each alias put in its place, are not too deep nor too many, and no text is broken.
+
+    What stands in the tree knows its size and height as soon as it is read, since aliases only lead to what is before.
+    """
+
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self.name = name  # what the marks of all nodes will say
+        self._inside = 0
+        self._written = 0
+        self._known: dict[int, tuple[int, int]] = {}
+        """Of each node that is complete: characters, and nodes within each other."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        mark: yaml.Mark = self.peek_event().start_mark
+        if self.check_event(yaml.AliasEvent):
+            node = super().compose_node(parent, index)  # pyright: ignore[reportArgumentType]
+            if node is not None and id(node) not in self._known:
+                raise UserError(f"{_where(mark)}: found an alias of what it stands in itself")
+            return node
+        self._inside += 1
+        _check_depth(self._inside, mark)
+        node = super().compose_node(parent, index)  # pyright: ignore[reportArgumentType]
+        self._inside -= 1
+        if node is not None:
+            self._known[id(node)] = self._measured(node)
+        return node
+
+    def _measured(self, node: yaml.Node) -> tuple[int, int]:
+        match node:
+            case yaml.ScalarNode(value=str(text)):
+                if _HALF.search(text):
+                    raise UserError(f"{_where(node.start_mark)}: found half of a surrogate pair; allowed: text")
+                size, height, below = 1 + len(text), 0, 0
+            case _:
+                parts: list[Any] = node.value
+                parts = [each for pair in parts for each in pair] if isinstance(node, yaml.MappingNode) else parts
+                found = [self._known[id(part)] for part in parts]
+                size, height = 1, max((high for _, high in found), default=0)
+                below = sum(large for large, _ in found)
+        self._written += size
+        _check_depth(height + 1, node.start_mark)
+        if size + below > self._written + _MOST_REPEATED:
+            raise UserError(
+                f"{_where(node.start_mark)}: its aliases repeat so much that it comes to {size + below:,} characters; "
+                f"allowed: {_MOST_REPEATED:,} more than the file has"
+            )
+        return size + below, height + 1
+
+
+def _check_depth(depth: int, mark: yaml.Mark) -> None:
+    if depth > _DEEPEST:
+        raise UserError(f"{_where(mark)}: found more than {_DEEPEST} lists or mappings within each other")
 
 
 def _tag(node: yaml.Node) -> str:
@@ -98,9 +166,7 @@ def _where(mark: yaml.Mark) -> str:
 
 def _compose(name: str, text: str) -> yaml.Node | None:
     try:
-        loader = yaml.SafeLoader(text)
-        loader.name = name  # what the marks of all nodes will say
-        root = loader.get_single_node()
+        root = _Loader(text, name).get_single_node()
     except yaml.YAMLError as error:
         raise _no_yaml(name, error) from None
     for mapping in _mappings(root):

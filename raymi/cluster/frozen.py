@@ -6,7 +6,7 @@ from pathlib import Path
 
 from raymi import catalog
 from raymi.catalog import CachedModel
-from raymi.errors import UserError
+from raymi.errors import UserError, quoted
 from raymi.job import Job
 from raymi.plan import Rejected, selected
 from raymi.prompts import Prompt
@@ -116,7 +116,7 @@ def freeze_prompts(job: Job, manifest: Manifest) -> tuple[Prompt, ...]:
         if known.setdefault(prompt.id, prompt) != prompt:
             raise UserError(
                 f"prompt {prompt.id!r} is not what it was when the run {manifest.run} first saw it: "
-                f"{known[prompt.id].text!r}",
+                f"{quoted(known[prompt.id].text)}",
                 hint="Give it another id, or start another run with --new.",
             )
     ids = [prompt.id for prompt in job.prompts]

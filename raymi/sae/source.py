@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from raymi.catalog import default_cache
-from raymi.errors import UserError
+from raymi.errors import UserError, quoted
 
 _REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+?))?(?::(?P<path>.*))?")
 
@@ -90,13 +90,13 @@ class Config:
         return None if found is None else float(found)
 
     def refuse(self, key: str, allowed: str) -> UserError:
-        return UserError(f"{self.file}: {key} is {self.values.get(key)!r}; raymi knows {allowed}")
+        return UserError(f"{self.file}: {key} is {quoted(self.values.get(key))}; raymi knows {allowed}")
 
     def _typed(self, key: str, kind: Any, expected: str) -> Any:
         value = self.values.get(key)
         if value is None or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
             return value
-        raise UserError(f"{self.file}: {key}: expected {expected}, found {value!r}")
+        raise UserError(f"{self.file}: {key}: expected {expected}, found {quoted(value)}")
 
 
 def locate(where: str | Path, *, cache_dir: Path | None = None) -> Source:

@@ -167,9 +167,10 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         rows = csv.DictReader(lines, strict=True)
-        _check_header(path, rows.fieldnames or ())
-        begun = rows.line_num + 1
+        begun = 1
         try:
+            _check_header(path, rows.fieldnames or ())
+            begun = rows.line_num + 1
             for row in rows:
                 if None in row:
                     raise UserError(f"{path}:{rows.line_num}: has more fields than the header")

@@ -80,6 +80,7 @@ def test_ids_are_hashes_of_what_is_said(tmp_path: Path) -> None:
         ("p.csv", "text,answer\na, b, c", ["p.csv:2: has more fields than the header"]),
         ("p.csv", 'text\n"a', ["p.csv:2: a quote is opened and never closed"]),
         ("p.csv", 'text\na\n"b\nc\n\nd\n', ["p.csv:3: a quote is opened and never closed", '"say ""yes"""']),
+        ("p.csv", '"text,answer\na, b', ["p.csv:1: a quote is opened and never closed"]),
         ("p.csv", 'text,answer\n"a, b\nc, "d"\n', ["p.csv:2-3: is no CSV: "]),
         ("p.csv", "text,answer,text\na, b,c", ["p.csv:1: the header has 'text' more than once"]),
         ("p.csv", "text;answer\na; b", ["p.csv:1: found one column, 'text;answer'; allowed: fields with commas"]),

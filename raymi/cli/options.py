@@ -49,6 +49,18 @@ _OF_RUNS = (
     ),
     click.option("--new", is_flag=True, help="Start another run of the same job."),
     click.option("--download", is_flag=True, help="Fetch models that the job names and the cache lacks."),
+    click.option(
+        "--limit",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Take the first N prompts only, in the same run: issued without, the command goes on with the others.",
+    ),
+    click.option(
+        "--sample",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Take N prompts only, drawn by the job's seed, in the same run. A larger N takes the same ones and more.",
+    ),
     click.option("--dry-run", is_flag=True, help="Say what would be measured and what it would take."),
     click.option("--inline", is_flag=True, help="Measure in this process, without Ray: for debugging."),
     click.option("--trust-remote-code", multiple=True, metavar="MODEL", help="Let this model run code of its own."),

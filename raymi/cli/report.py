@@ -114,6 +114,9 @@ def _heading(report: "Report") -> Iterator[str]:
     n_ablations = int(report.models["ablations"].sum())
     others = report.measured - n_ablations
     yield f"{run.run}: {status(run, report.driven)}, issued {run.driver.started_at.astimezone():%Y-%m-%d %H:%M}"
+    if run.taken is not None:
+        prompts = len(run.jobs[-1].resolved.get("prompts", ()))
+        yield f"the last command took {run.taken:,} of {prompts:,} prompts; without --limit and --sample it takes all"
     said = [plural(n_models, "model")]
     if n_ablations or not others:
         said.append(plural(n_ablations, "ablation"))

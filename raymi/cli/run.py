@@ -33,6 +33,8 @@ class How:
     trust_remote_code: tuple[str, ...]
     allow_pickle: tuple[str, ...]
     allow_unused: tuple[str, ...]
+    limit: int | None
+    sample: int | None
 
 
 @click.command()
@@ -99,6 +101,7 @@ def run_job(job: "Job", written: str, how: How) -> int:
     """
     from raymi.cluster.frozen import Cache
     from raymi.cluster.sweep import Order, sweep
+    from raymi.few import Few
 
     if how.inline and not how.dry_run:
         _check_device(job.device)
@@ -111,7 +114,11 @@ def run_job(job: "Job", written: str, how: How) -> int:
         download=how.download,
     )
     _warn_of_answers(job)
-    order = Order(job, written, _run_name(store, job, new=how.new), cache, how.address, how.inline)
+    few, left_out = Few(how.limit, how.sample).of(job)
+    for said in left_out:
+        click.echo(said, err=True)
+    name = _run_name(store, job, new=how.new)
+    order = Order(few, written, name, cache, how.address, how.inline, whole=None if few is job else job)
     if how.dry_run:
         return _rehearse(order, store)
     result = sweep(order, store)
@@ -213,7 +220,8 @@ def _show(order: "Order", store: "Store", store_uri: str, result: "Result") -> N
             click.echo(line)
     else:
         again = "; --new measures all of them by full forwards" if order.job.engine == "full" else ""
-        click.echo(f"{order.run}: nothing to do, every unit is in {store_uri}{again}")
+        which = " of these prompts" if order.whole else ""
+        click.echo(f"{order.run}: nothing to do, every unit{which} is in {store_uri}{again}")
     where = "" if store_uri == raymi.store.DEFAULT else f" --store {store_uri}"
     click.echo(f"\nnext: raymi report {order.run}{where}")
 

@@ -16,6 +16,8 @@ def command(store_uri: str, as_json: bool) -> None:
     """List the runs in a store, the one that was last issued at the end.
 
     A run that is `stopped` was interrupted or killed: the command that made it, issued again, continues it.
+    One that is `partial` has measured the prompts that --limit or --sample took: the command without them goes on with
+    the others.
     """
     from raymi.report import tables
     from raymi.report.export import as_json as to_json

@@ -32,7 +32,7 @@ def rehearse(order: Order, store: Store) -> Iterator[tuple[str, list[Unit] | Fai
     """
     earlier = ownership.read(store.objects, order.run)
     manifest = earlier or Manifest(run=order.run, epoch=0, driver=Driver(heartbeat=1))
-    manifest.follow(Issue(written=order.written, resolved=order.job.model_dump(mode="json")), cut_rule(order))
+    manifest.follow(Issue(written=order.written, resolved=order.issued.model_dump(mode="json")), cut_rule(order))
     choice = choose(order.job, order.cache, manifest.commits)
     former = freeze_prompts(order.job, manifest)
     done = done_units(store, order.run) if earlier else set[str]()

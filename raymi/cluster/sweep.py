@@ -46,6 +46,13 @@ class Order:
     cache: Cache = field(default_factory=Cache)
     address: str | None = None
     inline: bool = False
+    whole: Job | None = None
+    """The job as it was issued, where `job` has a few of its prompts (`raymi.few`)."""
+
+    @property
+    def issued(self) -> Job:
+        """What the manifest keeps: prompts that were not taken this time are no former ones."""
+        return self.whole or self.job
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +91,21 @@ def sweep(order: Order, store: Store) -> Result:
             store.take(
                 order.run,
                 written=order.written,
-                resolved=order.job.model_dump(mode="json"),
+                resolved=order.issued.model_dump(mode="json"),
                 cut_rule=cut_rule(order),
             )
         )
         former = freeze_prompts(order.job, run.manifest)
         run.manifest.freeze_commits(choice.commits)
+        run.manifest.taken = len(order.job.prompts) if order.whole else None
         run.save()
         _note_rejected(run, choice)
         agenda = Agenda(run.manifest, run.done_units(), stored(store, run.name), order.job, former, models)
         for key, rows in agenda.noticed().items():
             run.add("superseded", agenda.slug(key), rows)
         if agenda.finished:
+            if order.whole and earlier and earlier.status == "done" and len(earlier.jobs) == len(run.manifest.jobs):
+                run.manifest.taken = earlier.taken  # there was nothing to do, so it is still as done as it was
             return _close(run, Result(Ending(), choice.rejected, started=False))
         backend = _backend(stack, order, agenda, choice, nodes)
         # Ray installs handlers of its own when it starts: ours come after.

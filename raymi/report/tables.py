@@ -71,8 +71,8 @@ def runs(store: Store) -> pl.DataFrame:
     """One row a run, the one that was last issued at the end.
 
     Returns:
-        run, status (running, stopped, failed, done), models, measured (as plans count: ablations, injections, texts by
-        each autoencoder that reads them), failures (open ones), started, last_write.
+        run, status (running, stopped, failed, partial, done), models, measured (as plans count: ablations, injections,
+        texts by each autoencoder that reads them), failures (open ones), started, last_write.
     """
     records = [
         {
@@ -92,9 +92,11 @@ def runs(store: Store) -> pl.DataFrame:
 
 
 def status(run: Manifest, driven: bool) -> str:
-    """`running`, `failed` or `done`; `stopped` for what was interrupted or killed and waits to be continued."""
+    """`running`, `failed` or `done`; `stopped` for what was interrupted or killed and waits to be continued; `partial`
+    where the last command took a few prompts, and has done them.
+    """
     if run.status in ("done", "failed"):
-        return run.status
+        return "partial" if run.status == "done" and run.taken is not None else run.status
     return "running" if driven else "stopped"
 
 
@@ -249,7 +251,7 @@ def open_failures(view: View) -> pl.DataFrame:
     )
     mended = (pl.col("loaded_at") > pl.col("failed_at")).fill_null(False)
     # A run that is done has all its rows, whatever died on the way and was made good by others.
-    of_models = of_models.filter(~mended & (view.run.status != "done")).drop("loaded_at")
+    of_models = of_models.filter(~mended & (status(view.run, driven=False) != "done")).drop("loaded_at")
     found = pl.concat([of_units, of_prompts, of_models]).sort("failed_at")
     return found.select("model_id", "revision", "unit_id", "stage", "kind", "message", "attempts", "failed_at")
 

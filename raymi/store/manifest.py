@@ -76,6 +76,8 @@ class Manifest(BaseModel):
     status_at: datetime = Field(default_factory=now)
     jobs: list[Issue] = []
     """One for each command that brought a job other than the one before."""
+    taken: int | None = None
+    """How many of the job's prompts the last command took, where that was a few of them; None: all."""
     cut_rule: dict[str, Any] = {}
     """How units are cut: frozen by the first command."""
     commits: dict[str, str] = {}

@@ -1,5 +1,6 @@
 """Heat maps of knockouts. Altair draws them, which is an extra: `pip install 'raymi[plots]'`."""
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -7,6 +8,7 @@ import polars as pl
 
 from raymi.errors import UserError
 from raymi.fields import near
+from raymi.outlet import clean
 
 if TYPE_CHECKING:
     import altair as alt
@@ -55,7 +57,16 @@ def heatmap(
     colour = alt.Color(f"{value}:Q", scale=scale, title=legend)
     tips = [*(alt.Tooltip(f"{axis}:O") for axis in shown), alt.Tooltip(f"{value}:Q", format=".6f", title=legend)]
     step = alt.Step(16)  # pyright: ignore[reportUnknownVariableType]
-    return chart.encode(**places, color=colour, tooltip=tips).properties(title=title, width=step, height=step)
+    return chart.encode(**places, color=colour, tooltip=tips).properties(title=_inert(title), width=step, height=step)
+
+
+def _inert(text: str) -> str:
+    """`text` to be seen as it is, with nothing in it for a browser to obey.
+
+    A page holds a chart as JSON within a script, and neither altair nor a notebook keeps a `</script>` in it from
+    ending that. So what could end it, or begin a comment, gets a joiner, which has no width, after its `<`.
+    """
+    return clean(re.sub("<(?=[/!])", "<\u2060", text))
 
 
 def _altair() -> Any:
@@ -98,7 +109,7 @@ def _choose(varying: list[str], x: str | None, y: str | None) -> tuple[str, str 
 
 def _names(axis: str, tokens: Sequence[str]) -> Sequence[str]:
     """What indices of an axis are called; positions with their tokens."""
-    return [f"{at} {token}" for at, token in enumerate(tokens)] if axis in ("query", "key") else []
+    return [_inert(f"{at} {token}") for at, token in enumerate(tokens)] if axis in ("query", "key") else []
 
 
 def _labels(column: pl.Series, names: Sequence[str]) -> list[str]:

@@ -104,6 +104,8 @@ class Job(Fields):
     """How many ablations every replica measures a second time, by full forwards, before anything else."""
     on_mismatch: Literal["fail", "full"] = "fail"
     """When they do not agree: `fail` the model, or go on by `full` forwards."""
+    strict: bool = Field(default=False, strict=True)
+    """Whether one prompt that a model can never measure fails the model; if not, it fails alone."""
     unit_ablations: int = Field(default=512, strict=True, ge=1)
     """Most ablations that are leased, retried and committed together."""
 

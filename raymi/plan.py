@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import sha256
-from random import Random
 from typing import TypeGuard, TypeVar
 
 from raymi.catalog import CachedModel
@@ -38,6 +37,7 @@ from raymi.model.sizes import (
     rows_per_batch,
 )
 from raymi.prompts import TokenizedPrompt, fingerprint
+from raymi.unfit import asks_for_answers, check_length, fit
 
 UNIT_VERSION = 1
 """Raised when rows of the same unit would mean something else, so that they are measured again."""
@@ -218,7 +218,7 @@ def units(
     by_length: dict[int, list[TokenizedPrompt]] = {}
     for prompt in prompts:
         if job.chooses(spec, prompt.prompt.id, fed_as(saes)):
-            _fits(prompt, model)
+            check_length(prompt, model)
             by_length.setdefault(len(prompt.token_ids), []).append(prompt)
     about = [UNIT_VERSION, model.id, model.revision, job.dtype, spec.canonical]
     if asks_for_answers(spec):
@@ -227,29 +227,16 @@ def units(
     for n_tokens, bucket in sorted(by_length.items()):
         cost = Cost.of(model, n_tokens)
         price = _Price(spec, cost, full=job.engine == "full")
-        work = ((prompt, _work(spec, prompt, model, saes)) for prompt in bucket)
+        work = ((prompt, work_of(spec, prompt, model, saes)) for prompt in bucket)
         cut += [_unit(about, spec.name, block, price, model.heads) for block in _blocks(work, rule, price)]
     return cut
 
 
-def asks_for_answers(spec: Spec) -> bool:
-    """Whether an experiment looks at the next token after a prompt."""
-    return isinstance(spec, KnockoutSpec) or spec.measure in ("injection", "ablation")
-
-
-def _work(spec: Spec, prompt: TokenizedPrompt, model: CachedModel, saes: Sequence[SaeRef]) -> Sequence[Work]:
+def work_of(spec: Spec, prompt: TokenizedPrompt, model: CachedModel, saes: Sequence[SaeRef]) -> Sequence[Work]:
     """All that an experiment measures of one prompt."""
     if isinstance(spec, SaeSpec):
         return sae_work(spec, prompt, saes)
     return ablations(spec, prompt, *_shape(model))
-
-
-def _fits(prompt: TokenizedPrompt, model: CachedModel) -> None:
-    if model.context is not None and len(prompt.token_ids) > model.context:
-        raise UserError(
-            f"{model.id}: prompt {prompt.prompt.id!r} has {len(prompt.token_ids)} tokens, "
-            f"more than the model's context of {model.context}"
-        )
 
 
 Block = list[tuple[TokenizedPrompt, tuple[Work, ...]]]
@@ -407,36 +394,6 @@ def full_forward_flops(model: CachedModel, n_tokens: int) -> int:
     return Cost.of(model, n_tokens).full
 
 
-def drawn(
-    job: Job, model: CachedModel, prompts: Sequence[TokenizedPrompt], saes: Saes | None = None
-) -> list[tuple[Spec, TokenizedPrompt, Work]]:
-    """What is measured twice, once by full forwards: `job.verify` pieces of work, drawn by the job's seed.
-
-    Every experiment that has something to measure on the model has its turn, however many texts the others have.
-
-    Args:
-        job: the job.
-        model: the model.
-        prompts: as the model reads them.
-        saes: the autoencoders of its experiments.
-    """
-    random, of = Random(f"{job.seed} {model.id}"), saes or {}
-    choices = {
-        spec.name: [each for each in prompts if job.chooses(spec, each.prompt.id, fed_as(of.get(spec.name, ())))]
-        for spec in job.experiments
-    }
-    without = {spec.name for spec in job.experiments if isinstance(spec, SaeSpec) and not of.get(spec.name)}
-    turns = [spec for spec in job.experiments if choices[spec.name] and spec.name not in without]
-    random.shuffle(turns)
-    found: list[tuple[Spec, TokenizedPrompt, Work]] = []
-    for number in range(job.verify if turns else 0):
-        spec = turns[number % len(turns)]
-        prompt = random.choice(choices[spec.name])
-        if its := _work(spec, prompt, model, of.get(spec.name, ())):
-            found.append((spec, prompt, random.choice(its)))
-    return found
-
-
 COMPANY_FORWARDS, COMPANY_PROMPTS = 2, 4
 """Full forwards that may be spent on the company of an ablation that is verified, and prompts that it may be of: each
 has a clean run."""
@@ -461,11 +418,11 @@ def company(
         ablation: one that the experiment makes of it.
     """
     cost = Cost.of(model, len(prompt.token_ids))
-    alike = [p for p in prompts if len(p.token_ids) == cost.n_tokens and job.chooses(spec, p.prompt.id)]
+    alike = fit(job, spec, model, [p for p in prompts if len(p.token_ids) == cost.n_tokens], ())
     first = alike.index(prompt)
     rule = CutRule(unit_flops=COMPANY_FORWARDS * cost.full)
     near = (*alike[first:], *alike[:first])[:COMPANY_PROMPTS]
-    work = ((p, _work(spec, p, model, ())) for p in near)
+    work = ((p, work_of(spec, p, model, ())) for p in near)
     for block in _blocks(work, rule, _Price(spec, cost, full=False)):
         found = [(p, tuple(each for each in part if isinstance(each, Ablation))) for p, part in block]
         if any(p is prompt and ablation in part for p, part in found):
@@ -559,15 +516,16 @@ def estimate(
         rates.start_seconds
         + weights / rates.load_bytes
         + forwards * n_layers * rates.step_seconds
-        + (sum(unit.flops for unit in units) + _verifying(job, model, prompts)) / (EFFICIENCY * rates.flops)
+        + (sum(unit.flops for unit in units) + _verifying(job, model, prompts, units)) / (EFFICIENCY * rates.flops)
     )
     return Estimate(seconds, rates.process_bytes + weights + max(source, work + autoencoders), forwards)
 
 
-def _verifying(job: Job, model: CachedModel, prompts: Mapping[str, TokenizedPrompt]) -> int:
+def _verifying(job: Job, model: CachedModel, prompts: Mapping[str, TokenizedPrompt], units: Sequence[Unit]) -> int:
     """Arithmetic of what is measured twice: two full forwards of a usual prompt, a clean run, and the company."""
     usual = sum(full_forward_flops(model, len(p.token_ids)) for p in prompts.values()) // max(1, len(prompts))
-    return job.verify * (2 + 1 + COMPANY_FORWARDS) * usual
+    twice = min(job.verify, sum(unit.n_ablations for unit in units))
+    return twice * (2 + 1 + COMPANY_FORWARDS) * usual
 
 
 def _kept_bytes(units: Sequence[Unit], prompts: Mapping[str, TokenizedPrompt], shape: Shape, rates: Rates) -> int:

@@ -11,6 +11,10 @@ from raymi.errors import UserError, quoted
 Bos = Literal["auto", "always", "never"]
 
 
+class PromptFault(UserError):
+    """What one prompt alone is to blame for: others can be read all the same."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One prompt of a job, before any tokenizer has seen it."""
@@ -110,8 +114,9 @@ def tokenize(
         model_id: what errors call the model.
 
     Raises:
-        UserError: a prompt without tokens, a text and an answer that do not tokenise jointly, answers that do not
-            differ, no BOS to add, no chat template, or positions asked of a tokenizer that does not know them.
+        PromptFault: a prompt without tokens, a text and an answer that do not tokenise jointly, answers that do not
+            differ, a piece that no tokens stand for.
+        UserError: no BOS to add, no chat template, or positions asked of a tokenizer that does not know them.
     """
     if not prompts:
         return []
@@ -136,7 +141,7 @@ def tokenize(
     ):
         who = f"{model}: prompt {prompt.id!r}"
         if not read.ids:
-            raise UserError(f"{who}: {quoted(prompt.text)} has no tokens")
+            raise PromptFault(f"{who}: {quoted(prompt.text)} has no tokens")
         shared, answer_id, wrong_id = _targets(who, tokenizer, prompt, read.ids, answer, wrong)
         token_ids = (*prefix, *read.ids, *shared)
         tokenized.append(
@@ -151,6 +156,28 @@ def tokenize(
             )
         )
     return tokenized
+
+
+def tokenize_each(
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, **options: Any
+) -> tuple[list[TokenizedPrompt], dict[str, PromptFault]]:
+    """Those of the prompts that can be read, in their order, and by id why the others cannot.
+
+    Args:
+        prompts: the prompts.
+        tokenizer: as in `tokenize`, as are the options.
+
+    Raises:
+        UserError: what is no single prompt's fault.
+    """
+    try:
+        return tokenize(prompts, tokenizer, **options), {}
+    except PromptFault as fault:
+        if len(prompts) == 1:
+            return [], {prompts[0].id: fault}
+    middle = len(prompts) // 2
+    parts = [tokenize_each(part, tokenizer, **options) for part in (prompts[:middle], prompts[middle:])]
+    return [each for read, _ in parts for each in read], parts[0][1] | parts[1][1]
 
 
 def display(tokenizer: Tokenizer, token_ids: Sequence[int]) -> tuple[str, ...]:
@@ -208,7 +235,7 @@ def _chat(prompt: Prompt, tokenizer: Tokenizer, model: str) -> _Source:
         return _Source(text, start)
     if text.startswith(prompt.text.strip(), start):
         return _Source(text, start - (len(prompt.text) - len(prompt.text.lstrip())))
-    raise UserError(f"{model}: its chat template changes the text of prompt {prompt.id!r}")
+    raise PromptFault(f"{model}: its chat template changes the text of prompt {prompt.id!r}")
 
 
 def _spans(prompt: Prompt, source: _Source, pieces: Collection[str]) -> dict[str, tuple[int, int]]:
@@ -231,7 +258,7 @@ def _encode(
     except Exception as error:  # the tokenizers library raises nothing narrower
         if len(texts) > 1:  # which one is it?
             return [_encode(model, tokenizer, [text], special=special, offsets=offsets)[0] for text in texts]
-        raise UserError(f"{model}: its tokenizer cannot read {quoted(texts[0])}: {error}") from error
+        raise PromptFault(f"{model}: its tokenizer cannot read {quoted(texts[0])}: {error}") from error
     spans = batch["offset_mapping"] if offsets else [None] * len(texts)
     return [_Encoded(list(ids), span) for ids, span in zip(batch["input_ids"], spans, strict=True)]
 
@@ -260,7 +287,7 @@ def _before(plain: list[int], special: list[int], model: str) -> tuple[int, ...]
     for start in range(len(special) - len(plain), -1, -1):
         if special[start : start + len(plain)] == plain:
             return tuple(special[:start])
-    raise UserError(
+    raise PromptFault(
         f"{model}: its tokenizer changes a text's own tokens when it adds special tokens: {plain} becomes {special}",
         hint="Choose `bos: never`.",
     )
@@ -288,7 +315,7 @@ def _targets(
     for index, (a, b) in enumerate(zip(right, other, strict=False)):
         if a != b:
             return right[:index], a, b
-    raise UserError(
+    raise PromptFault(
         f"{who}: no token tells the answer {quoted(prompt.answer)} from the wrong answer {quoted(prompt.wrong)}: "
         f"{display(tokenizer, right)} and {display(tokenizer, other)}"
     )
@@ -298,13 +325,13 @@ def _continuation(
     who: str, tokenizer: Tokenizer, text: str, answer: str | None, ids: list[int], joint: list[int]
 ) -> list[int]:
     if joint[: len(ids)] != ids:
-        raise UserError(
+        raise PromptFault(
             f"{who}: {quoted(text)} and its answer {quoted(answer)} are not tokenised jointly: the prompt alone is "
             f"{display(tokenizer, ids)}, with the answer it becomes {display(tokenizer, joint)}",
             hint="A blank between the two belongs to the beginning of the answer, not to the end of the prompt.",
         )
     if len(joint) == len(ids):
-        raise UserError(f"{who}: the answer {quoted(answer)} adds no token to {quoted(text)}")
+        raise PromptFault(f"{who}: the answer {quoted(answer)} adds no token to {quoted(text)}")
     return joint[len(ids) :]
 
 
@@ -316,5 +343,5 @@ def _overlap(who: str, text: str, span: tuple[int, int], read: _Encoded, shift: 
     # Some tokenizers give spans that are none, and a wrong position would go unseen. Blanks may belong to no token.
     covered = {at for index in found for at in range(*offsets[index])}
     if any(at not in covered and not text[at].isspace() for at in range(start, end)):
-        raise UserError(f"{who}: its tokenizer does not say which tokens stand for {quoted(text[start:end])}")
+        raise PromptFault(f"{who}: its tokenizer does not say which tokens stand for {quoted(text[start:end])}")
     return tuple(index + shift for index in found)

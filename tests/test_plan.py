@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymi.catalog import CachedModel
+from raymi.drawing import drawn
 from raymi.errors import UserError
 from raymi.experiments.knockout.spec import Ablation, KnockoutSpec, ablation_id, ablations
 from raymi.experiments.sae.spec import TABLES, Injection, SaeRef
@@ -25,7 +26,6 @@ from raymi.plan import (
     Unit,
     company,
     confirm,
-    drawn,
     estimate,
     full_forward_flops,
     selected,

@@ -2,21 +2,25 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from datetime import UTC, datetime
+from typing import Any
 
 import polars as pl
+import pyarrow as pa
 
 from raymi.catalog import CachedModel
 from raymi.cluster.feeding import holds
 from raymi.cluster.reading import lacking
 from raymi.cluster.superseded import StoredUnit, notices, stored_units
 from raymi.cluster.tokenised import from_rows
-from raymi.cluster.worker import Failed, failure
+from raymi.cluster.worker import Failed, failure, of_prompt
 from raymi.errors import UserError
+from raymi.experiments.knockout.spec import KnockoutSpec
 from raymi.experiments.sae.resolve import Record, is_current, latest, refs
-from raymi.fed import fed_id, plain_id
+from raymi.experiments.sae.spec import fed_as
+from raymi.fed import Fed, fed_id, plain_id
 from raymi.job import Job, Spec
-from raymi.plan import CutRule, Saes, Unit, asks_for_answers, full_forward_flops, units
+from raymi.plan import CutRule, Saes, Unit, full_forward_flops, units
 from raymi.prompts import Prompt, TokenizedPrompt
 from raymi.reach import closed
 from raymi.store import schemas
@@ -24,10 +28,7 @@ from raymi.store.layout import slug
 from raymi.store.manifest import Manifest
 from raymi.store.reader import Store
 from raymi.store.schemas import UNIT_TABLES
-from raymi.vocabulary import check_ids
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from raymi.unfit import check_known, why_unfit
 
 
 @dataclass(slots=True)
@@ -40,6 +41,10 @@ class Known:
     """Rows of table `saes`."""
     units: dict[str, StoredUnit] = field(default_factory=dict[str, StoredUnit])
     """What is stored, by id."""
+    failed: set[str] = field(default_factory=set[str])
+    """Ids of prompts that failed when this was last noted."""
+    unread: list[Failed] = field(default_factory=list[Failed])
+    """Why prompts cannot be read."""
 
     def suffices(self, job: Job) -> bool:
         """Whether nothing is to be tokenised, and no autoencoder to be found."""
@@ -84,6 +89,7 @@ class Agenda:
         self.prompts = {prompt.id: prompt for prompt in job.prompts}
         self._known = dict(stored)
         self._noticed: dict[str, list[dict[str, Any]]] = {}
+        self._healed: dict[str, set[str]] = {}
         self.before: dict[str, int] = {}
         """Ablations that were in the store when the command began, by key."""
         self.units: dict[str, list[Unit]] = {}
@@ -95,6 +101,8 @@ class Agenda:
         self.unfit: dict[str, list[Failed]] = {}
         """By key, prompts that a model can never measure, each with its `prompt_id`. They are in no unit, and the
         others are in the units that they would be in without them."""
+        self._barred: dict[str, set[str]] = {}
+        """Those that no experiment can measure."""
         for key, model in self.models.items():
             known = stored.get((model.id, model.revision), Known())
             if known.suffices(job):
@@ -139,34 +147,48 @@ class Agenda:
     def _of(self, model: CachedModel) -> Known:
         return self._known.get((model.id, model.revision), Known())
 
-    def plan(self, key: str, tables: "Mapping[str, pa.Table]") -> list[Unit] | Failed:
+    def plan(self, key: str, tables: Mapping[str, pa.Table]) -> list[Unit] | Failed:
         """What is left to measure of a model of which a replica has given the rows of tables `prompts` and `saes`."""
         model = self.models[key]
         prompts = {prompt.prompt.id: prompt for prompt in from_rows(tables["prompts"].to_pylist())}
-        known = Known(prompts, tables["saes"].to_pylist(), self._of(model).units)
+        before = self._of(model)
+        unread = [
+            Failed(None, row["kind"], row["message"], prompt_id=row["prompt_id"])
+            for row in (tables["failures"].to_pylist() if "failures" in tables else ())
+        ]
+        known = Known(prompts, tables["saes"].to_pylist(), before.units, before.failed, unread)
         self._known[model.id, model.revision] = known
         return self._left(key, model, known)
 
-    def noticed(self) -> "dict[str, pa.Table]":
-        """By key, the rows of table `superseded` that have come up since this was last asked."""
-        found = {
-            key: schemas.rows(
-                "superseded", [{"model_id": m.id, "revision": m.revision, **each} for each in self._noticed[key]]
-            )
-            for key, m in self.models.items()
-            if self._noticed.get(key)
-        }
+    def kept(self, key: str, prompts: pa.Table) -> pa.Table:
+        """Rows of table `prompts` without those that are not measured: they may yet be written otherwise."""
+        barred = self._barred.get(key, ())
+        return prompts.filter(pa.array([each not in barred for each in prompts["prompt_id"].to_pylist()], pa.bool_()))
+
+    def noticed(self) -> list[tuple[str, str, pa.Table]]:
+        """Rows that have come up since this was last asked: key, table (`superseded`, `failures`), rows."""
+        found: list[tuple[str, str, pa.Table]] = []
+        for key, model in self.models.items():
+            about = {"model_id": model.id, "revision": model.revision}
+            if rows := self._noticed.get(key):
+                found.append((key, "superseded", schemas.rows("superseded", (about | each for each in rows))))
+            if healed := self._healed.get(key):
+                moment = {"stage": "prompt", "attempt": 1, "failed_at": datetime.now(UTC)}
+                failures = (about | moment | {"prompt_id": each} for each in sorted(healed))
+                found.append((key, "failures", schemas.rows("failures", failures)))
         self._noticed.clear()
+        self._healed.clear()
         return found
 
     def _left(self, key: str, model: CachedModel, known: Known) -> list[Unit] | Failed:
         try:
             saes = refs(known.saes)
-            self.unfit[key] = [
-                replace(why, prompt_id=prompt_id)
-                for prompt_id, prompt in known.prompts.items()
-                if self._is_wanted(prompt_id) and (why := self._why_unfit(model, prompt))
-            ]
+            unfit = [*known.unread, *self._find_unfit(key, model, known, saes)]
+            if self.job.strict and unfit:
+                raise UserError("\n".join(in_few_lines([why.message for why in unfit])))
+            self.unfit[key] = unfit
+            failed = {prompt_id for prompt_id in known.failed if self._is_wanted(prompt_id)}
+            self._healed[key] = failed - {why.prompt_id for why in unfit}
             usable = self._usable(model, known.prompts, saes)
             generations = [*map(_all_fed, self._generations), *self._chunks(known)]
             every = [
@@ -229,25 +251,51 @@ class Agenda:
                 self.job,
                 spec,
                 model,
-                [each for each in prompts if not _why_unfit(model, spec, each)],
+                [each for each in prompts if not self._why_unfit(model, spec, each)],
                 self._rule,
                 saes.get(spec.name, ()),
             )
         ]
 
-    def _why_unfit(self, model: CachedModel, prompt: TokenizedPrompt) -> Failed | None:
-        """Why an experiment that chooses a prompt can never measure it on a model."""
-        choosing = (spec for spec in self.job.experiments if self.job.chooses(spec, prompt.prompt.id))
-        return next(filter(None, (_why_unfit(model, spec, prompt) for spec in choosing)), None)
+    def _find_unfit(self, key: str, model: CachedModel, known: Known, saes: Saes) -> list[Failed]:
+        """The texts that some experiment chooses and can never measure on a model."""
+        found: list[Failed] = []
+        self._barred[key] = set()
+        measuring: list[tuple[Spec, Fed | None]] = [
+            (spec, fed_as(saes.get(spec.name, ())))
+            for spec in self.job.experiments
+            if isinstance(spec, KnockoutSpec) or saes.get(spec.name)
+        ]
+        for prompt_id, prompt in known.prompts.items():
+            if not self._is_wanted(prompt_id):
+                continue
+            choosing = [spec for spec, bos in measuring if self.job.chooses(spec, prompt_id, bos)]
+            reasons = [why for spec in choosing if (why := self._why_unfit(model, spec, prompt))]
+            if reasons:
+                found.append(of_prompt(prompt_id, reasons[0]))
+            if reasons and len(reasons) == len(choosing):
+                self._barred[key].add(prompt_id)
+        return found
+
+    def _why_unfit(self, model: CachedModel, spec: Spec, prompt: TokenizedPrompt) -> UserError | None:
+        if not self._is_chunk(prompt.prompt.id):
+            return why_unfit(spec, prompt, model)
+        # Chunks that do not fit into the context are the job's mistake, and all alike.
+        try:
+            check_known(spec, prompt, model)
+        except UserError as error:
+            return error
+        return None
 
 
-def _why_unfit(model: CachedModel, spec: Spec, prompt: TokenizedPrompt) -> Failed | None:
-    size = model.vocab_size
-    try:
-        check_ids(model.id, prompt, size, size, answers=asks_for_answers(spec))
-    except UserError as error:
-        return failure(error)
-    return None
+SAID = 3
+"""Of many messages of one kind, so many are said in full."""
+
+
+def in_few_lines(messages: Sequence[str]) -> list[str]:
+    """Messages of one kind, with a count in place of those beyond the first few."""
+    rest = len(messages) - SAID
+    return [*messages[:SAID], *([f"... and {rest:,} more prompts that cannot be measured"] if rest > 0 else [])]
 
 
 def _all_fed(generation: Sequence[str]) -> list[str]:
@@ -266,8 +314,22 @@ def stored(store: Store, run: str) -> Stored:
         found.setdefault((row["model_id"], row["revision"]), Known()).saes.append(row)
     for known in found.values():
         known.saes = latest(known.saes)
+    failed = store.scan("failures", run).filter(pl.col("prompt_id").is_not_null()).sort("failed_at").collect()
+    for row in failed.unique(["model_id", "revision", "prompt_id"], keep="last").iter_rows(named=True):
+        if row["kind"] is not None:
+            found.setdefault((row["model_id"], row["revision"]), Known()).failed.add(row["prompt_id"])
     for key, its in stored_units(store, run).items():
         found.setdefault(key, Known()).units = its
+    return found
+
+
+def settled(known: Stored) -> dict[str, Prompt]:
+    """By id, the prompts that some model of the run measures: they stay what they are."""
+    found: dict[str, Prompt] = {}
+    for its in known.values():
+        for prompt_id, read in its.prompts.items():
+            name, _ = plain_id(prompt_id)
+            found[name] = replace(read.prompt, id=name)
     return found
 
 

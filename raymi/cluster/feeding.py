@@ -1,6 +1,5 @@
 """How the texts of an experiment with autoencoders begin: as their files say, where the job does not."""
 
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,13 +9,20 @@ from raymi.experiments.sae.resolve import Record
 from raymi.experiments.sae.spec import SaeSpec
 from raymi.fed import Fed, fed_id, plain_id
 from raymi.job import Job
-from raymi.prompts import Prompt, TokenizedPrompt, tokenize
+from raymi.prompts import Prompt, PromptFault, TokenizedPrompt, tokenize_each
 
 Texts = Mapping[str, TokenizedPrompt]
 
 
 def feed(
-    job: Job, records: Sequence[Record], texts: Texts, former: Sequence[Prompt], tokenizer: Any, *, model_id: str
+    job: Job,
+    records: Sequence[Record],
+    texts: Texts,
+    former: Sequence[Prompt],
+    tokenizer: Any,
+    *,
+    model_id: str,
+    faults: dict[str, PromptFault],
 ) -> tuple[list[Record], dict[str, TokenizedPrompt]]:
     """Autoencoders with how their experiments' texts begin, and the texts that none but these measure.
 
@@ -29,6 +35,7 @@ def feed(
         former: prompts that the run once had.
         tokenizer: of the model.
         model_id: what errors call the model.
+        faults: by id, why prompts cannot be read; those that begin otherwise are added, by their own ids.
 
     Raises:
         UserError: autoencoders of one experiment want texts to begin differently; it names the groups to split.
@@ -40,7 +47,7 @@ def feed(
         bos = _asked(spec, its, job, tokenizer, model_id)
         if bos is None:
             continue
-        here = _texts(job, spec, bos, texts, former, tokenizer, model_id)
+        here = _texts(job, spec, bos, texts, former, tokenizer, model_id, faults)
         if any(row["bos"] for row in its) or _differ(here, texts):
             fed[spec.name] = bos
             more |= {fed_id(text_id, bos): _renamed(text, bos) for text_id, text in here.items()}
@@ -81,13 +88,16 @@ def _asked(spec: SaeSpec, records: Sequence[Record], job: Job, tokenizer: Any, m
 
 
 def _texts(
-    job: Job, spec: SaeSpec, bos: Fed, texts: Texts, former: Sequence[Prompt], tokenizer: Any, model_id: str
+    job: Job,
+    spec: SaeSpec,
+    bos: Fed,
+    texts: Texts,
+    former: Sequence[Prompt],
+    tokenizer: Any,
+    model_id: str,
+    faults: dict[str, PromptFault],
 ) -> dict[str, TokenizedPrompt]:
     """An experiment's texts that begin so, by their plain ids; what the run has stored is taken as it is."""
-
-    def anew(prompts: Sequence[Prompt]) -> list[TokenizedPrompt]:
-        return tokenize(prompts, tokenizer, bos=bos, chat_template=False, pieces=job.pieces, model_id=model_id)
-
     if spec.corpus is not None:
         stored: dict[str, TokenizedPrompt] = {}
         while (chunk := texts.get(fed_id(spec.corpus.chunk_id(len(stored)), bos))) and (
@@ -102,11 +112,12 @@ def _texts(
             continue
         if known := texts.get(fed_id(prompt.id, bos)):
             found[prompt.id] = known
-        elif prompt in job.prompts:
-            [found[prompt.id]] = anew([prompt])
-        else:
-            with contextlib.suppress(UserError):
-                [found[prompt.id]] = anew([prompt])
+        elif prompt.id not in faults:  # as the tokenizer has it, it can be read
+            options: dict[str, Any] = {"bos": bos, "chat_template": False, "pieces": job.pieces}
+            read, bad = tokenize_each([prompt], tokenizer, **options, model_id=model_id)
+            found |= {each.prompt.id: each for each in read}
+            if prompt in job.prompts:
+                faults |= {fed_id(prompt_id, bos): fault for prompt_id, fault in bad.items()}
     return found
 
 

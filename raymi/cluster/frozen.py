@@ -99,8 +99,13 @@ def choose(job: Job, cache: Cache, commits: Mapping[str, str]) -> Choice:
     return Choice(models, [*rejected, *gone], seen)
 
 
-def freeze_prompts(job: Job, manifest: Manifest) -> tuple[Prompt, ...]:
+def freeze_prompts(job: Job, manifest: Manifest, settled: Mapping[str, Prompt]) -> tuple[Prompt, ...]:
     """Makes the prompts that the run has not yet had a generation of their own.
+
+    Args:
+        job: the job.
+        manifest: of the run; it is changed.
+        settled: by id, the prompts that some model measures. Others may be mended: nothing was measured of them.
 
     Returns:
         Those it once had and the job has no longer: units that hold them beside others may be half done.
@@ -108,19 +113,20 @@ def freeze_prompts(job: Job, manifest: Manifest) -> tuple[Prompt, ...]:
     Raises:
         UserError: a prompt is not what it was.
     """
-    known: dict[str, Prompt] = {}
-    for issue in manifest.jobs:
-        for prompt in _prompts(issue):
-            known.setdefault(prompt.id, prompt)
     for prompt in job.prompts:
-        if known.setdefault(prompt.id, prompt) != prompt:
+        if (before := settled.get(prompt.id, prompt)) != prompt:
             raise UserError(
                 f"prompt {prompt.id!r} is not what it was when the run {manifest.run} first saw it: "
-                f"{quoted(known[prompt.id].text)}",
+                f"{quoted(before.text)}",
                 hint="Give it another id, or start another run with --new.",
             )
-    ids = [prompt.id for prompt in job.prompts]
+    ids = {prompt.id: prompt for prompt in job.prompts}
+    issued = [prompt for issue in manifest.jobs for prompt in _prompts(issue)]
+    # One that was mended would change the units of those that it came with.
+    mended = {each.id for each in issued if each.id not in settled and ids.get(each.id, each) != each}
+    manifest.generations = [kept for each in manifest.generations if (kept := [p for p in each if p not in mended])]
     manifest.add_prompts(ids)
+    known = {**{prompt.id: prompt for prompt in issued}, **settled}
     frozen = (prompt_id for generation in manifest.generations for prompt_id in generation)
     return tuple(known[prompt_id] for prompt_id in frozen if prompt_id not in ids)
 

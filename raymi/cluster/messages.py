@@ -19,7 +19,7 @@ class Prepared:
 
     replica: int
     tables: "Mapping[str, pa.Table]"
-    """Rows of the tables `prompts` and `saes`."""
+    """Rows of the tables `prompts` and `saes`, and of `failures`: of prompts that cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Any
 from raymi.errors import UserError
 from raymi.fed import plain_id
 from raymi.job import Job
-from raymi.prompts import Prompt, TokenizedPrompt, fingerprint, tokenize
+from raymi.prompts import Prompt, PromptFault, TokenizedPrompt, fingerprint, tokenize_each
 
 Texts = Mapping[str, TokenizedPrompt]
 """By id of the prompt, or of a corpus's chunk."""
@@ -19,8 +19,8 @@ Texts = Mapping[str, TokenizedPrompt]
 
 def read(
     job: Job, former: Sequence[Prompt], known: Iterable[TokenizedPrompt], tokenizer: Any, *, model_id: str
-) -> dict[str, TokenizedPrompt]:
-    """Prompts and chunks of corpora, by id.
+) -> tuple[dict[str, TokenizedPrompt], dict[str, PromptFault]]:
+    """Prompts and chunks of corpora, by id; and why those prompts of the job cannot be read that are not there.
 
     Args:
         job: the job.
@@ -30,35 +30,46 @@ def read(
         model_id: what errors call the model.
 
     Raises:
-        UserError: a text cannot be read; or more must be known of a stored one, and it is read otherwise today.
+        UserError: nothing can be read; or more must be known of a stored text, and it is read otherwise today.
     """
     stored = {each.prompt.id: each for each in known}
+    faults: dict[str, PromptFault] = {}
 
-    def anew(prompts: Sequence[Prompt]) -> list[TokenizedPrompt]:
+    def anew(prompts: Sequence[Prompt]) -> dict[str, TokenizedPrompt]:
         options: dict[str, Any] = {"bos": job.bos, "chat_template": job.chat_template, "pieces": job.pieces}
-        return tokenize(prompts, tokenizer, **options, model_id=model_id)
+        found, bad = tokenize_each(prompts, tokenizer, **options, model_id=model_id)
+        faults.update(bad)
+        return {each.prompt.id: each for each in found}
 
-    def again(prompt: Prompt) -> TokenizedPrompt:
+    def again(prompt: Prompt) -> dict[str, TokenizedPrompt]:
         before = replace(stored[prompt.id], prompt=prompt)
         if not lacking(job, before):
-            return before
-        [now] = anew([prompt])
-        if fingerprint([now]) != fingerprint([before]):
-            raise reads_otherwise(model_id, [before], [now])
-        return replace(before, pieces={**now.pieces, **before.pieces})
+            return {prompt.id: before}
+        found = anew([prompt])
+        for prompt_id, now in found.items():
+            if fingerprint([now]) != fingerprint([before]):
+                raise reads_otherwise(model_id, [before], [now])
+            found[prompt_id] = replace(before, pieces={**now.pieces, **before.pieces})
+        return found
 
-    new = {each.prompt.id: each for each in anew([prompt for prompt in job.prompts if prompt.id not in stored])}
-    texts = {prompt.id: new[prompt.id] if prompt.id in new else again(prompt) for prompt in job.prompts}
+    new = anew([prompt for prompt in job.prompts if prompt.id not in stored])
+    texts: dict[str, TokenizedPrompt] = {}
+    for prompt in job.prompts:
+        if prompt.id in stored:
+            texts |= again(prompt)
+        elif prompt.id in new:
+            texts[prompt.id] = new[prompt.id]
     for prompt in former:
         with contextlib.suppress(UserError):
-            texts[prompt.id] = again(prompt) if prompt.id in stored else anew([prompt])[0]
+            texts |= again(prompt) if prompt.id in stored else anew([prompt])
     for corpus in job.corpora:
         # A corpus's chunks come into the store all at once.
         its = [text_id for text_id in stored if plain_id(text_id) == (text_id, None) and corpus.holds(text_id)]
         chunks = [stored[text_id] for text_id in sorted(its, key=_number)]
         chunks = chunks or corpus.read(tokenizer, bos=job.bos, model_id=model_id)
         texts |= {each.prompt.id: each for each in chunks}
-    return texts
+    wanted = {prompt.id for prompt in job.prompts}
+    return texts, {prompt_id: fault for prompt_id, fault in faults.items() if prompt_id in wanted}
 
 
 def _number(chunk: str) -> int:

@@ -4,15 +4,13 @@ import sys
 import time
 from collections.abc import Iterator
 
-from raymi.cluster.agenda import Agenda, done_units, stored
+from raymi.cluster.agenda import Agenda, done_units, in_few_lines, settled, stored
 from raymi.cluster.frozen import choose, freeze_prompts
-from raymi.cluster.runner import in_few_lines
-from raymi.cluster.sweep import Order, cut_rule, keys, worker
+from raymi.cluster.sweep import Order, draft, keys, worker
 from raymi.cluster.tokenised import from_rows
 from raymi.cluster.worker import Failed
 from raymi.plan import Estimate, Rates, Unit, estimate
 from raymi.store import ownership
-from raymi.store.manifest import Driver, Issue, Manifest
 from raymi.store.reader import Store
 
 LOAD_BYTES = 1.5e9
@@ -31,12 +29,11 @@ def rehearse(order: Order, store: Store) -> Iterator[tuple[str, list[Unit] | Fai
         UserError: as `sweep` does before it starts.
     """
     earlier = ownership.read(store.objects, order.run)
-    manifest = earlier or Manifest(run=order.run, epoch=0, driver=Driver(heartbeat=1))
-    manifest.follow(Issue(written=order.written, resolved=order.issued.model_dump(mode="json")), cut_rule(order))
+    manifest = draft(order, earlier)
     choice = choose(order.job, order.cache, manifest.commits)
-    former = freeze_prompts(order.job, manifest)
     done = done_units(store, order.run) if earlier else set[str]()
     known = stored(store, order.run) if earlier else {}
+    former = freeze_prompts(order.job, manifest, settled(known))
     agenda = Agenda(manifest, done, known, order.job, former, keys(choice))
     for each in choice.rejected:
         if each.named:
@@ -52,7 +49,8 @@ def rehearse(order: Order, store: Store) -> Iterator[tuple[str, list[Unit] | Fai
             print(f"{key}: warning: {said}", file=sys.stderr)  # noqa: T201
         for message in in_few_lines([why.message for why in agenda.unfit[key]]):
             yield key, Failed(None, "UserError", message), None
-        prompts = {prompt.prompt.id: prompt for prompt in from_rows(tables["prompts"].to_pylist())}
+        read = from_rows(agenda.kept(key, tables["prompts"]).to_pylist())
+        prompts = {prompt.prompt.id: prompt for prompt in read}
         yield key, left, estimate(order.job, model, left, prompts, rates) if left else None
 
 

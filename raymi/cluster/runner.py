@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Self
 
 from raymi.answers import Answer, warning
-from raymi.cluster.agenda import Agenda
+from raymi.cluster.agenda import Agenda, in_few_lines
 from raymi.cluster.messages import Backend, Note, Outcome, Rows, Trouble
 from raymi.cluster.progress import Display
 from raymi.cluster.scheduler import Scheduler
@@ -113,17 +113,17 @@ class _Record:
 
     def plan(self, key: str, tables: "Mapping[str, pa.Table]") -> Sequence[Unit] | Failed:
         """Keeps what a tokenizer has said and which autoencoders there are, and gives what is left to measure."""
-        for table, rows in tables.items():
-            self._run.add(table, self._agenda.slug(key), rows)
         left = self._agenda.plan(key, tables)
+        self._run.add("prompts", self._agenda.slug(key), self._agenda.kept(key, tables["prompts"]))
+        self._run.add("saes", self._agenda.slug(key), tables["saes"])
         self.notice()
         self.unfit(key)
         return left
 
     def notice(self) -> None:
-        """Notes what is stored and not planned any more."""
-        for key, rows in self._agenda.noticed().items():
-            self._run.add("superseded", self._agenda.slug(key), rows)
+        """Notes what is stored and not planned any more, and which prompts have failed and are measured now."""
+        for key, table, rows in self._agenda.noticed():
+            self._run.add(table, self._agenda.slug(key), rows)
 
     def unfit(self, key: str) -> None:
         """Keeps why a model can never measure some of its prompts, and says so, in few lines however many they are; and
@@ -229,16 +229,6 @@ _ANSWERS = {"prompt_id", "answer_rank_clean", "answer_prob_clean"}
 
 def _replica(note: Note) -> str:
     return "" if note.replica is None else f"replica {note.replica}"
-
-
-SAID = 3
-"""Of many messages of one kind, so many are said in full."""
-
-
-def in_few_lines(messages: Sequence[str]) -> list[str]:
-    """Messages of one kind, with a count in place of those beyond the first few."""
-    rest = len(messages) - SAID
-    return [*messages[:SAID], *([f"... and {rest:,} more prompts that cannot be measured"] if rest > 0 else [])]
 
 
 def _first_line(text: str) -> str:

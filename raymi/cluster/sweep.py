@@ -1,7 +1,7 @@
 """One command on one run, from the job to the last row."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from raymi.catalog import CachedModel
-from raymi.cluster.agenda import Agenda, stored
+from raymi.cluster.agenda import Agenda, done_units, settled, stored
 from raymi.cluster.frozen import Cache, Choice, choose, freeze_prompts
 from raymi.cluster.inline import InlineBackend
 from raymi.cluster.messages import Backend
@@ -20,6 +20,7 @@ from raymi.job import Job
 from raymi.plan import CutRule, Rejected
 from raymi.store import ownership, schemas
 from raymi.store.layout import slug
+from raymi.store.manifest import Driver, Issue, Manifest
 from raymi.store.reader import Store
 from raymi.store.writer import Run
 
@@ -71,7 +72,7 @@ class Result:
 
 
 def sweep(order: Order, store: Store) -> Result:
-    """Does what is left of a run.
+    """Does what is left of a run. Nothing is written before all that can be refused has been looked at.
 
     Raises:
         UserError: bad input, a run that another process drives, a store that cannot be written.
@@ -79,6 +80,8 @@ def sweep(order: Order, store: Store) -> Result:
     """
     with ExitStack() as stack:
         earlier = ownership.read(store.objects, order.run)
+        if earlier and store.is_driven(earlier):
+            raise ownership.refused(earlier)
         commits = earlier.commits if earlier else {}
         nodes: list[Node] | None = None
         if order.address and not order.inline:
@@ -87,6 +90,11 @@ def sweep(order: Order, store: Store) -> Result:
         else:
             choice = choose(order.job, order.cache, commits)
         models = keys(choice)
+        done = done_units(store, order.run) if earlier else set[str]()
+        planned = draft(order, earlier)
+        agenda = _agenda(order, store, planned, done, models)
+        if agenda.needs_replicas and nodes is None and not order.inline:
+            nodes = _start(stack, choice)
         run = stack.enter_context(
             store.take(
                 order.run,
@@ -95,23 +103,45 @@ def sweep(order: Order, store: Store) -> Result:
                 cut_rule=cut_rule(order),
             )
         )
-        former = freeze_prompts(order.job, run.manifest)
+        if run.manifest.epoch == planned.epoch + 1 and run.done_units() == done:
+            run.manifest.generations = planned.generations
+        else:  # another command has written meanwhile
+            agenda = _agenda(order, store, run.manifest, run.done_units(), models)
         run.manifest.freeze_commits(choice.commits)
         run.manifest.taken = len(order.job.prompts) if order.whole else None
         run.save()
         _note_rejected(run, choice)
-        agenda = Agenda(run.manifest, run.done_units(), stored(store, run.name), order.job, former, models)
-        for key, rows in agenda.noticed().items():
-            run.add("superseded", agenda.slug(key), rows)
+        for key, table, rows in agenda.noticed():
+            run.add(table, agenda.slug(key), rows)
         if agenda.finished:
             if order.whole and earlier and earlier.status == "done" and len(earlier.jobs) == len(run.manifest.jobs):
                 run.manifest.taken = earlier.taken  # there was nothing to do, so it is still as done as it was
             return _close(run, Result(Ending(), choice.rejected, started=False))
-        backend = _backend(stack, order, agenda, choice, nodes)
+        if nodes is None and agenda.needs_replicas and not order.inline:
+            nodes = _start(stack, choice)
+        backend = _backend(order, agenda, nodes)
         # Ray installs handlers of its own when it starts: ours come after.
         with Interrupts() as interrupts, display(agenda.before) as shown:
             ending = drive(run, agenda, backend, shown, interrupts)
             return _close(run, Result(ending, choice.rejected, started=True))
+
+
+def draft(order: Order, earlier: Manifest | None) -> Manifest:
+    """The manifest of a run as a command would have it, which is not written."""
+    manifest = Manifest(run=order.run, epoch=0, driver=Driver(heartbeat=1))
+    if earlier:
+        manifest = earlier.model_copy(deep=True)
+    manifest.follow(Issue(written=order.written, resolved=order.issued.model_dump(mode="json")), cut_rule(order))
+    return manifest
+
+
+def _agenda(
+    order: Order, store: Store, manifest: Manifest, done: Collection[str], models: Mapping[str, CachedModel]
+) -> Agenda:
+    """What is left to do; the prompts become part of the manifest."""
+    known = stored(store, order.run)
+    former = freeze_prompts(order.job, manifest, settled(known))
+    return Agenda(manifest, done, known, order.job, former, models)
 
 
 def keys(choice: Choice) -> dict[str, CachedModel]:
@@ -141,12 +171,10 @@ def _close(run: Run, result: Result) -> Result:
     return result
 
 
-def _backend(stack: ExitStack, order: Order, agenda: Agenda, choice: Choice, nodes: "list[Node] | None") -> Backend:
-    if order.inline or not agenda.needs_replicas:
+def _backend(order: Order, agenda: Agenda, nodes: "list[Node] | None") -> Backend:
+    if order.inline or not agenda.needs_replicas or nodes is None:
         make = partial(worker, order.job, agenda, order.cache)
         return InlineBackend(lambda key: make(agenda.models[key])(None))
-    if nodes is None:
-        nodes = _start(stack, choice)
     from raymi.cluster.ray_backend import RayBackend
 
     # Ray says which device a replica sees, and it always sees it as the first.

@@ -18,16 +18,18 @@ from raymi.cluster.feeding import feed
 from raymi.cluster.reading import check_tokens, read
 from raymi.cluster.testbed import testbed
 from raymi.cluster.tokenised import to_rows
+from raymi.drawing import drawn
 from raymi.errors import UserError
 from raymi.experiments.knockout.spec import Ablation, Company, KnockoutSpec
 from raymi.experiments.sae.resolve import Record, check_unchanged, refs, renewed, resolve
 from raymi.experiments.sae.spec import SaeRef, SaeSpec
 from raymi.job import Job
-from raymi.plan import Unit, asks_for_answers, company, confirm, drawn
+from raymi.plan import Unit, company, confirm
 from raymi.prompts import Prompt, TokenizedPrompt
 from raymi.store import schemas
 from raymi.store.secret import scrub
 from raymi.tokenizer import load_tokenizer, special_ids, token_texts
+from raymi.unfit import asks_for_answers
 from raymi.vocabulary import check_loaded
 
 if TYPE_CHECKING:
@@ -86,6 +88,11 @@ def failure(error: Exception, unit_id: str | None = None) -> Failed:
     return Failed(unit_id, type(error).__name__, scrub(str(error)), scrub(trace)[-_TRACEBACK:], oom, tables)
 
 
+def of_prompt(prompt_id: str, error: UserError) -> Failed:
+    """Why a model can never measure one prompt."""
+    return Failed(None, UserError.__name__, scrub(str(error)), prompt_id=prompt_id)
+
+
 @dataclass(slots=True)
 class Worker:
     """One model. What goes wrong is an answer, never an exception.
@@ -129,20 +136,26 @@ class Worker:
         """Reads the prompts with the model's tokenizer, without its weights, and finds the autoencoders.
 
         Returns:
-            Rows of the tables `prompts` and `saes`.
+            Rows of the tables `prompts` and `saes`, and of `failures`: of prompts that cannot be read.
         """
         try:
-            prompts = read(self.job, self.former, self.known, self._get_tokenizer(), model_id=self.model.id)
+            about: dict[str, Any] = {"model_id": self.model.id}
+            prompts, faults = read(self.job, self.former, self.known, self._get_tokenizer(), **about)
             texts = {**{text.prompt.id: text for text in self.known}, **prompts}
             records, more = feed(
-                self.job, self._find(), texts, self.former, self._get_tokenizer(), model_id=self.model.id
+                self.job, self._find(), texts, self.former, self._get_tokenizer(), **about, faults=faults
             )
             prompts |= more
+            unread = [of_prompt(prompt_id, fault) for prompt_id, fault in faults.items()]
             rows = to_rows(self.model, list(prompts.values()), self._get_tokenizer())
         except Exception as error:
             return failure(error)
         self._prompts, self._saes = prompts, refs(records)
-        return {"prompts": rows, "saes": schemas.rows("saes", records)}
+        failures = [
+            {"stage": "prompt", "kind": each.kind, "message": each.message, "prompt_id": each.prompt_id}
+            for each in unread
+        ]
+        return {"prompts": rows, "saes": schemas.rows("saes", records), "failures": schemas.rows("failures", failures)}
 
     def load(self) -> "dict[str, pa.Table] | Failed":
         """Loads the weights, and the prompts if that was not done before, and verifies a few ablations.
@@ -207,12 +220,17 @@ class Worker:
             trust_remote_code=self.trust_remote_code,
             allow_pickle=self.allow_pickle,
             allow_unused=self.allow_unused,
-            longest=max(len(prompt.token_ids) for prompt in self._prompts.values()),
+            longest=self._longest(),
             way="full" if self.job.engine == "full" else None,
         )
         self._engine = loaded.engine
         self._testbed = testbed(loaded.model.device, self.job.dtype)
         return loaded
+
+    def _longest(self) -> int:
+        """Tokens of the longest text that is measured; beyond the model's context none is."""
+        lengths = [len(text.token_ids) for text in self._prompts.values()]
+        return max((n for n in lengths if self.model.context is None or n <= self.model.context), default=1)
 
     def _confirm_places(self, loaded: "Loaded") -> None:
         if self._saes:

@@ -245,7 +245,9 @@ def open_failures(view: View) -> pl.DataFrame:
     of_units = last.filter(pl.col("unit_id").is_not_null()).join(
         collect(lambda: query.units(view)), on="unit_id", how="anti"
     )
-    of_prompts = last.filter(pl.col("prompt_id").is_not_null() & ~pl.col("prompt_id").is_in(list(view.former)))
+    # A prompt that can be measured after all has a last row without a kind.
+    of_prompts = last.filter(pl.col("prompt_id").is_not_null() & pl.col("kind").is_not_null())
+    of_prompts = of_prompts.filter(~pl.col("prompt_id").is_in(list(view.former)))
     of_models = last.filter(pl.col("unit_id").is_null() & pl.col("prompt_id").is_null()).join(
         collect(loads), on=["model_id", "revision"], how="left", nulls_equal=True
     )

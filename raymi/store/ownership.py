@@ -97,7 +97,7 @@ def take(objects: Objects, run: str, issue: Issue, cut_rule: Mapping[str, Any], 
     """
     before = read(objects, layout.run_name(run))
     if before and is_driven(objects, before, _clock(objects, run)):
-        raise _refused(before)
+        raise refused(before)
     driver = Driver(heartbeat=heartbeat)
     manifest = before.model_copy(deep=True) if before else Manifest(run=run, epoch=0, driver=driver)
     manifest.follow(issue, cut_rule)
@@ -128,10 +128,11 @@ def _create(objects: Objects, manifest: Manifest) -> None:
     there = read_epoch(objects, manifest.run, manifest.epoch)
     # A request that succeeds while its answer is lost is sent again by the client and then refused: it may be our own.
     if there is None or there.driver.token != manifest.driver.token:
-        raise _refused(there or manifest)
+        raise refused(there or manifest)
 
 
-def _refused(manifest: Manifest) -> UserError:
+def refused(manifest: Manifest) -> UserError:
+    """What is said to whoever wants a run that another process drives."""
     return UserError(
         f"the run {manifest.run} is being driven by {manifest.driver}",
         hint="Wait for it, or stop it and issue the command again; --new starts a run of its own.",

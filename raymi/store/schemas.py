@@ -149,7 +149,7 @@ FAILURES = pa.schema(
     ]
 )
 """One row a failure. `stage` is select, plan, prompt, load, unit or replica; `unit_id` is null unless one unit failed,
-`prompt_id` unless a model can never measure just this prompt."""
+`prompt_id` unless a model can never measure just this prompt; without a `kind` it can, after all."""
 
 EVENTS = pa.schema(
     [

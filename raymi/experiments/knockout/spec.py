@@ -290,21 +290,33 @@ def _index(index: int, size: int, spec: KnockoutSpec, field: Literal["layers", "
 
 def _edge_groups(spec: KnockoutSpec, prompt: TokenizedPrompt) -> list[tuple[tuple[int, int], ...]]:
     """The edges of every measurement on a prompt, ascending. With `all`, only those of a causal model are taken."""
-    only_causal = "all" in spec.queries.elements or "all" in spec.keys.elements
     found: list[tuple[tuple[int, int], ...]] = []
-    key_groups = positions(spec.name, spec.keys, prompt)
-    for queries in positions(spec.name, spec.queries, prompt):
+    query_groups, key_groups = places(spec, prompt)
+    for queries in query_groups:
         for keys in key_groups:
-            edges = tuple((query, key) for query in queries for key in keys if key <= query)
-            if len(edges) < len(queries) * len(keys) and not only_causal:
+            if edges := tuple((query, key) for query in queries for key in keys if key <= query):
+                found.append(edges)
+    return sorted(found)
+
+
+def places(spec: KnockoutSpec, prompt: TokenizedPrompt) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """The queries and the keys of every measurement on a prompt.
+
+    Raises:
+        UserError: the prompt has not one of them, or a key stands after its query.
+    """
+    query_groups, key_groups = (positions(spec.name, axis, prompt) for axis in (spec.queries, spec.keys))
+    if "all" in spec.queries.elements or "all" in spec.keys.elements:
+        return query_groups, key_groups
+    for queries in query_groups:
+        for keys in key_groups:
+            if queries and keys and max(keys) > min(queries):
                 raise UserError(
                     f"experiment {spec.name!r}: prompt {prompt.prompt.id!r}: "
                     f"key position {max(keys)} is after query position {min(queries)}",
                     hint=f"Its tokens are {list(prompt.tokens)}.",
                 )
-            if edges:
-                found.append(edges)
-    return sorted(found)
+    return query_groups, key_groups
 
 
 SCHEMA = pa.schema(

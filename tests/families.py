@@ -175,8 +175,14 @@ def config(family: str) -> Any:
     return CONFIG_MAPPING[family](**{**CONFIGS, **ODD}[family])
 
 
-def build(family: str, seed: int = 0) -> PreTrainedModel:
-    """A random model in float32, its weights large enough for attention to matter."""
+def build(family: str, seed: int = 0, *, norms: bool = False) -> PreTrainedModel:
+    """A random model in float32, its weights large enough for attention to matter.
+
+    Args:
+        family: which.
+        seed: of its weights.
+        norms: whether norms have weights of their own, so that what stands before and behind these is told apart.
+    """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config(family), dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
@@ -185,6 +191,8 @@ def build(family: str, seed: int = 0) -> PreTrainedModel:
                 parameter.normal_(0, 0.25)
             elif "bias" in name or "sink" in name:
                 parameter.normal_(0, 0.1)
+            elif norms and name.endswith("weight"):
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
     return model.eval().to(DEVICE)
 
 

@@ -140,7 +140,8 @@ def place(block: Block, site: str) -> tuple[nn.Module, bool]:
         "attn.hook_out": (block.attn_module, False),
         "mlp.hook_out": (block.mlp_module, False),
         "attn.hook_z": (block.z, True),
-        "ln2.hook_normalized": (block.mlp_in, True),
+        "mlp.hook_in": (block.mlp_in, True),
+        "ln2.hook_normalized": (block.norm and block.norm.module, True),
     }
     module, is_input = places[site]
     if module is None and block.resid is None:

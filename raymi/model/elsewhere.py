@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from raymi.model.hooked import HookedModel
+from raymi.model.normalised import norm_among
 from raymi.model.sites import Block, NoSuchPlace, first_tensor, hidden_input
 
 ENOUGH = 12
@@ -94,6 +95,9 @@ class _Search:
         block.mlp_module = self._itself(mlp, [child for child in children if child not in around])
         fed = [m for m in self.gave if m in children and m not in (*around, attn) and _has_matrices(m)]
         block.mlp_in = next((m for m in fed if m in self.given and self.given[m].numel() == self.x.numel()), None)
+        if block.mlp_in is not None:
+            given = self.given[block.mlp_in].flatten()
+            block.norm = norm_among((m for m, gave in self.gave.items() if torch.equal(gave.flatten(), given)), self.x)
 
     # -- calls -------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from raymi.model.normalised import norm_among
 from raymi.model.sites import Block, NoSuchPlace, first_tensor, hidden_input
 
 SMALL = 2.0**-8
@@ -455,8 +456,22 @@ class _Layer:
         if float((after.to(moved) - moved).abs().max()) <= room < float((before.to(moved) - moved).abs().max()):
             self.block.mlp_in = self.first
         else:
-            self.block.reasons["ln2.hook_normalized"] = "its MLP is fed more than one thing"
+            self.block.reasons["mlp.hook_in"] = "its MLP is fed more than one thing"
+        self.block.norm = norm_among(self._feeding(self.first), before)
+        self.block.reasons["ln2.hook_normalized"] = "no norm stands right before its MLP"
         return self.block
+
+    def _feeding(self, module: nn.Module) -> list[nn.Module]:
+        """The modules that give what it is fed, the innermost first."""
+        fed = [trace.once(module) for trace in (self.plain, self.small)]
+        given = [call.given for call in fed if call is not None and call.given is not None]
+        places = self._places() if len(given) == 2 else []
+        same = [
+            p
+            for p in places
+            if _same(self._gave(self.plain, p), given[0]) and _same(self._gave(self.small, p), given[1])
+        ]
+        return [each for place in same for each in place.modules]
 
 
 def _multiplies(module: nn.Module) -> bool:

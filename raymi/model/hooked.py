@@ -436,6 +436,8 @@ class HookedModel:
             value = hidden_input(args, kwargs).reshape(*shape, -1).clone()
             if site.layer is not None and site.name == "attn.hook_z":
                 value = value.unflatten(-1, (self.heads(site.layer), -1))
+            if site.layer is not None and site.name == "ln2.hook_normalized" and (norm := self.blocks[site.layer].norm):
+                value = norm(value)
             cache[str(site)] = value
             then()
 

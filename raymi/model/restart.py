@@ -92,7 +92,7 @@ class Restart:
         """A forward with something else at a site.
 
         Args:
-            site: one of those that were kept, `ln2.hook_normalized` excepted.
+            site: one of those that were kept, `mlp.hook_in` and `ln2.hook_normalized` excepted.
             value: what stands there, in the shape of `sites[site]`, in any dtype. `hook_resid_mid` is written by way of
                 the attention's output, and so up to rounding.
             counts_BT: bool, where it stands there; elsewhere the activation stays as it is. None: everywhere.

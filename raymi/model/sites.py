@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from raymi.model.normalised import Norm
+
 Hook = Callable[..., object]
 
 IN_ATTENTION = ("rot_q", "rot_k", "v", "attn_scores", "pattern")
@@ -25,6 +27,7 @@ NAMES = (
     "hook_mlp_out",
     "attn.hook_out",
     "mlp.hook_out",
+    "mlp.hook_in",
     "ln2.hook_normalized",
     "attn.hook_z",
     *(f"attn.hook_{name}" for name in IN_ATTENTION),
@@ -32,8 +35,9 @@ NAMES = (
 """What follows `blocks.{layer}.`; the embedding is `hook_embed`, and has no layer.
 
 `hook_attn_out` and `hook_mlp_out` are what is added to the residual stream; `attn.hook_out` and `mlp.hook_out` are what
-the modules give by themselves, before any post-norm or multiplier. `ln2.hook_normalized` is what the MLP is fed,
-whatever norm it comes from, and the norm's weights are in it.
+the modules give by themselves, before any post-norm or multiplier. `mlp.hook_in` is what the MLP is fed, whatever norm
+it comes from, and the norm's weights are in it; in `ln2.hook_normalized` they are not, folded or not (TransformerLens
+before version 3 had those of a LayerNorm in it).
 """
 
 
@@ -112,6 +116,8 @@ class Block:
     """The module whose input is the residual stream between attention and MLP."""
     mlp_in: nn.Module | None = None
     """The MLP's first matrix: its input is what the MLP is fed."""
+    norm: Norm | None = None
+    """The norm that gives this."""
     why: str = ""
     reasons: dict[str, str] = field(default_factory=dict[str, str])
     """Name of a site -> why this one is not here, where that is not `why`."""

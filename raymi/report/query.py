@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from raymi.fed import fed_id
+from raymi.sae.description import MLP_INPUT, NORMALISED
 from raymi.store import schemas
 from raymi.store.manifest import Manifest
 from raymi.store.reader import Store
@@ -68,7 +69,15 @@ class View:
         rows = self.scan(table).join(self.superseded(), on="unit_id", how="anti")
         if self.former and "prompt_id" in schemas.SCHEMAS[table].names:
             rows = rows.filter(~pl.col("prompt_id").is_in(list(self.former)))
-        return rows
+        return self._renamed(rows) if "site" in schemas.SCHEMAS[table].names else rows
+
+    def _renamed(self, rows: pl.LazyFrame) -> pl.LazyFrame:
+        """What an MLP is fed was once called by another name, which rows of autoencoders that read it still have."""
+        which = ["model_id", "revision", "experiment", "sae"]
+        fed = self.scan("saes").filter(pl.col("site").str.ends_with(MLP_INPUT)).select(which).unique()
+        now = pl.col("site").str.replace(NORMALISED, MLP_INPUT, literal=True)
+        rows = rows.join(fed.with_columns(fed=True), on=which, how="left", maintain_order="left")
+        return rows.with_columns(site=pl.when("fed").then(now).otherwise("site")).drop("fed")
 
     def effects(self, table: str) -> pl.LazyFrame:
         """The same, without what cut nothing because the model's own mask had closed it already."""

@@ -17,8 +17,8 @@ SITES = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out",
 """Where in a block of a model raymi can feed an autoencoder; besides these, `hook_embed`."""
 OF_STREAM = ("hook_embed", "hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 """What is in the residual stream, or is added to it as it stands."""
-MLP_INPUT = "ln2.hook_normalized"
-"""What formats call a transcoder's input, by many names: what a block's MLP is fed. Read there, never written."""
+MLP_INPUT, NORMALISED = "mlp.hook_in", "ln2.hook_normalized"
+"""What transcoders read, and never write: what a block's MLP is fed, and the same before the weights of its norm."""
 _SAME_MODEL = {"gpt2-small": "gpt2"}
 """TransformerLens's names of models whose last part is not that of their Hugging Face id."""
 
@@ -70,6 +70,8 @@ class Description:
     of_modules: bool = False
     """Whether `site` and `site_out` mean what the modules themselves give (or are given), named as if nothing stood
     between them and the residual stream: in families with norms behind them that is `mlp.hook_out`, `attn.hook_out`."""
+    of_lens: bool = False
+    """Whether `site` is a hook point of a TransformerLens whose version is not known."""
     head: int | None = None
     """The attention head that it looks at, where it is one head."""
     heads_joined: bool = False
@@ -161,7 +163,7 @@ def check_fits(
             f"{sae.file}: this is a transcoder, and its files do not say which site of the model it predicts",
             hint=f"Name it as `site_out`, such as blocks.{sae.layer or 0}.hook_mlp_out.",
         )
-    places = [(sae.site, sae.d_in, (*SITES, MLP_INPUT) if sae.transcoder else SITES)]
+    places = [(sae.site, sae.d_in, (*SITES, MLP_INPUT, NORMALISED) if sae.transcoder else SITES)]
     places += [(sae.site_out, sae.d_out, SITES)] if sae.site_out else []
     if not any_model and sae.model_id is not None and not same_model(sae.model_id, model_id):
         raise UserError(

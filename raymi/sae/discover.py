@@ -8,7 +8,7 @@ from pathlib import Path
 
 from raymi.errors import UserError
 from raymi.hubid import why_none
-from raymi.sae.description import Description, Normalisation
+from raymi.sae.description import MLP_INPUT, NORMALISED, Description, Normalisation
 from raymi.sae.formats import recognise
 from raymi.sae.source import Source, cached, locate, repositories
 
@@ -85,16 +85,23 @@ def describe(
 
 
 def placed(about: Description, site: str | None, site_out: str | None) -> Description:
-    """The same where a user says that it belongs; what is named is meant as it is called."""
+    """The same where a user says that it belongs; what is named is meant as it is called.
+
+    But for what reads modules: no module gives what is called `ln2.hook_normalized`, which once was a name of what the
+    MLP is given.
+    """
     if site is None and site_out is None:
         return about
     if site_out is not None and about.site is not None and not about.transcoder:
         raise UserError(f"{about.file}: `site_out` is for a transcoder, and this SAE writes where it reads")
+    if about.of_modules and site is not None:
+        site = site.replace(NORMALISED, MLP_INPUT)
     return replace(
         about,
         site=site or about.site,
         site_out=site_out or about.site_out,
         of_modules=about.of_modules and site is None and site_out is None,
+        of_lens=about.of_lens and site is None,
     )
 
 

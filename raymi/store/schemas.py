@@ -96,6 +96,9 @@ SAES = pa.schema(
         ("plain", pa.string()),
         # Whether its site is an `attn.hook_z` that an older raymi took to be something else.
         ("z_moved", pa.bool_()),
+        # Whether it reads what a norm gives before its weights. Null in rows of before that was told apart, when what
+        # an MLP is fed was called `ln2.hook_normalized`.
+        ("before_weights", pa.bool_()),
         # Why there is none: in the one row, without `sae`, of an experiment that found none for the model.
         ("note", pa.string()),
     ]
@@ -216,7 +219,7 @@ UNIT_TABLES = ("ablations", *OF_SAES)
 
 KEYS: Mapping[str, tuple[str, ...]] = {
     "prompts": ("model_id", "revision", "prompt_id"),
-    "saes": ("model_id", "revision", "experiment", "sae", "site", "centred"),
+    "saes": ("model_id", "revision", "experiment", "sae", "site", "centred", "before_weights"),
     "vocabulary": ("model_id", "revision", "token_id"),
     "testbeds": ("testbed",),
 }

@@ -122,7 +122,7 @@ class Untouched:
                 return self.module(layer, p.attention), False, 1.0
             case "mlp.hook_out":
                 return self.module(layer, p.mlp), False, 1.0
-            case "ln2.hook_normalized":
+            case "mlp.hook_in":
                 return self.module(layer, p.mlp), True, 1.0
             case "attn.hook_z" if not self.dispatches:
                 return self.module(layer, p.z), True, 1.0
@@ -133,7 +133,7 @@ class Untouched:
         self, layer: int, shape: torch.Size, out: Rendered, edits: Sequence[tuple[int, Rewrite]], stack: ExitStack
     ) -> None:
         names = ("hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "attn.hook_out", "mlp.hook_out",
-                 "ln2.hook_normalized", "attn.hook_z")  # fmt: skip
+                 "mlp.hook_in", "attn.hook_z")  # fmt: skip
         for site in names:
             try:
                 module, is_input, times = self.where(layer, site)

@@ -61,8 +61,6 @@ def test_a_block_is_the_sum_of_its_parts(family: str, hooked: Hooked):
 # What TransformerLens does not have under these names, or means differently by them.
 MODULES = ("attn.hook_out", "mlp.hook_out")
 _ROTATED = {"attn.hook_rot_q", "attn.hook_rot_k"}
-THEIR_NAMES = {"ln2.hook_normalized": "mlp.hook_in"}
-"""The bridge's `ln2.hook_normalized` lacks the norm's bias, and is a post-norm's where there is one alone."""
 ELSEWHERE = {
     "gpt2": _ROTATED,
     "gpt_neox": _ROTATED,
@@ -70,7 +68,10 @@ ELSEWHERE = {
     "granite": {"hook_resid_mid", "hook_attn_out", "hook_mlp_out"},  # scaled before they are added
     **{family: set(MODULES) for family in ("bloom", "mpt")},  # the residual stream is added inside of them
     "falcon": {"hook_mlp_out"},  # its tensor is one that Falcon went on to change
+    "olmo2": {"ln2.hook_normalized"},  # that of the norm behind its MLP; none stands before
 }
+ONE_NORM = {"codegen", "falcon", "phi"}
+"""Attention and MLP are fed by one norm, which TransformerLens calls `ln1`."""
 
 
 @pytest.mark.oracle
@@ -86,13 +87,30 @@ def test_transformer_lens(family: str, hooked: Hooked):
         for name in set(NAMES) - missing:
             ours, lens = (
                 captured(model, ids_BT, layer, [name])[name],
-                theirs[f"blocks.{layer}.{THEIR_NAMES.get(name, name)}"],
+                theirs[f"blocks.{layer}.{name.replace('ln2', 'ln1') if family in ONE_NORM else name}"],
             )
             assert ours.shape == lens.shape, name
             if name == "attn.hook_attn_scores":
                 lens = lens.masked_fill(lens < torch.finfo(lens.dtype).min / 4, -torch.inf)
             # Before a post-norm, numbers may be as large as they like.
             close(ours, lens, 1e-6 * max(20.0, float(lens.abs().max())) if name in MODULES else 2e-5)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("family", sorted(set(oracles.BRIDGED) - ONE_NORM - {"olmo2"}))
+def test_what_a_norm_gives_before_its_weights(family: str):
+    """TransformerLens's `hook_normalized`, with its weights where they are and in the matrices behind."""
+    model, ids_BT = HookedModel(build(family, norms=True), family), prompt(rows=2)
+    lens = oracles.bridge(build(family, norms=True))
+    unfolded = dict(oracles.bridge_cache(lens, ids_BT))
+    if family != "gpt_oss":  # folded, it is another model
+        lens.enable_compatibility_mode(disable_warnings=True)
+    folded = oracles.bridge_cache(lens, ids_BT)
+    for layer in range(4):
+        ours, fed = captured(model, ids_BT, layer, ["ln2.hook_normalized", "mlp.hook_in"]).values()
+        for theirs in (unfolded, folded):
+            close(ours, theirs[f"blocks.{layer}.ln2.hook_normalized"])
+        assert float((ours - fed).abs().max()) > 0.05
 
 
 MLPS = {
@@ -131,7 +149,7 @@ def test_what_the_mlp_is_fed(family: str, hooked: Hooked, plain: Build):
     for handle in handles:
         handle.remove()
     for layer in range(4):
-        ours = captured(hooked(family), ids_BT, layer, ["ln2.hook_normalized"])["ln2.hook_normalized"]
+        ours = captured(hooked(family), ids_BT, layer, ["mlp.hook_in"])["mlp.hook_in"]
         assert ours.shape == (2, PROMPT, 32)
         close(ours, fed[layer].view_as(ours))
         if of_norm:

@@ -15,7 +15,7 @@ from raymi.report.query import View
 from raymi.store import schemas
 from raymi.store.reader import Store
 from tests.rows import MODEL, REVISION, cell, take
-from tests.sae_rows import D, F, Tokens, ablated, injected, moved, seen, text
+from tests.sae_rows import SAE, D, F, Tokens, ablated, injected, moved, seen, text
 
 
 @pytest.fixture
@@ -283,3 +283,23 @@ def test_a_run_without_autoencoders_has_empty_tables_of_the_same_columns(store: 
     full = saes.saes(View(store, store.find())).tables
     assert {name: frame.schema for name, frame in empty.items()} == {n: frame.schema for n, frame in full.items()}
     assert all(not frame.is_empty() for frame in full.values())
+
+
+def test_what_an_mlp_is_fed_is_one_place_under_both_its_names(store: Store) -> None:
+    """Rows of before it had its own name, of an autoencoder that reads it, beside new ones."""
+    rng = np.random.default_rng(3)
+    once, now = "blocks.1.ln2.hook_normalized", "blocks.1.mlp.hook_in"
+    known = {"model_id": MODEL, "revision": REVISION, "experiment": "quality"}
+    put(
+        store,
+        "sae_quality",
+        Tokens(rng, 4).row("u0", site=once),
+        Tokens(rng, 5).row("u1", site=now),
+        Tokens(rng, 6).row("u2", sae="org/lens", site=once),
+        saes=[known | {"sae": SAE, "site": now}, known | {"sae": "org/lens", "site": once}],
+    )
+    found = saes.quality(View(store, store.find()))
+    assert {(row["sae"], row["site"], row["tokens"]) for row in found.to_dicts()} == {
+        (SAE, now, 9),
+        ("org/lens", once, 6),
+    }

@@ -91,8 +91,8 @@ def test_a_transcoder_has_to_say_where_it_writes(tmp_path: Path) -> None:
     [
         ("mlp_out_layer_1", "out", ("blocks.1.hook_mlp_out", None)),
         ("mlp_out_layer_1", None, ("blocks.1.hook_mlp_out", None)),
-        ("mlp_out_layer_1", "in", ("blocks.1.ln2.hook_normalized", None)),
-        ("mlp_out_layer_1", "in_and_out", ("blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out")),
+        ("mlp_out_layer_1", "in", ("blocks.1.mlp.hook_in", None)),
+        ("mlp_out_layer_1", "in_and_out", ("blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out")),
         ("resid_post_layer_0", "in", ("blocks.0.hook_resid_pre", None)),
         ("resid_post_layer_0", "in_and_out", ("blocks.0.hook_resid_pre", "blocks.0.hook_resid_post")),
         ("attention_out_layer_1", "out", ("blocks.1.hook_attn_out", None)),

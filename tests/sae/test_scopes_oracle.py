@@ -100,8 +100,8 @@ GEMMA_3 = {
     "resid_post/layer_9_width_16k_l0_small": ("blocks.9.hook_resid_post", None, False),
     "attn_out/layer_9_width_16k_l0_small": ("blocks.9.attn.hook_z", None, False),
     "mlp_out/layer_9_width_16k_l0_small": ("blocks.9.hook_mlp_out", None, False),
-    "transcoder/layer_9_width_16k_l0_small": ("blocks.9.ln2.hook_normalized", "blocks.9.hook_mlp_out", False),
-    "transcoder/layer_9_width_16k_l0_big_affine": ("blocks.9.ln2.hook_normalized", "blocks.9.hook_mlp_out", True),
+    "transcoder/layer_9_width_16k_l0_small": ("blocks.9.mlp.hook_in", "blocks.9.hook_mlp_out", False),
+    "transcoder/layer_9_width_16k_l0_big_affine": ("blocks.9.mlp.hook_in", "blocks.9.hook_mlp_out", True),
 }
 
 

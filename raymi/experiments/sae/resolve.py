@@ -11,7 +11,7 @@ from raymi.catalog import CachedModel
 from raymi.errors import UserError
 from raymi.experiments.sae import modules
 from raymi.experiments.sae.spec import SaeChoice, SaeRef, SaeSpec
-from raymi.sae.description import Description, check_fits, same_model
+from raymi.sae.description import MLP_INPUT, NORMALISED, Description, check_fits, same_model
 from raymi.sae.discover import describe, placed, scan
 
 Record = dict[str, Any]
@@ -85,7 +85,8 @@ def renewed(
 
 def is_current(row: Mapping[str, Any]) -> bool:
     """Whether all that is read today was read of an autoencoder when the row was made."""
-    return row["sae"] is None or row.get("centred") is not None
+    told_apart = row.get("before_weights") is not None or not (row.get("site") or "").endswith(NORMALISED)
+    return row["sae"] is None or (row.get("centred") is not None and told_apart)
 
 
 def latest(records: Iterable[Record]) -> list[Record]:
@@ -97,7 +98,8 @@ def latest(records: Iterable[Record]) -> list[Record]:
 
 def _again(row: Record, spec: SaeSpec, model: CachedModel, cache_dir: Path | None) -> Record:
     about = describe(row["where"], cache_dir=cache_dir, input_scale=row["input_scale"])
-    said = next((choice for choice in spec.saes if choice.site is not None and choice.site == row["site"]), None)
+    sites = [(choice, choice.site) for choice in spec.saes if choice.site is not None]
+    said = next((each for each, at in sites if row["site"] in (at, at.replace(NORMALISED, MLP_INPUT))), None)
     about = placed(about, said.site, said.site_out) if said else about
     return _record(spec, row["input_scale"], model, about) | {name: row[name] for name in ("sae", "where", "version")}
 
@@ -203,6 +205,7 @@ def _record(spec: SaeSpec, input_scale: float | None, model: CachedModel, about:
         raise UserError(f"{model.id}: its config.json does not say how many layers it has, and how wide they are")
     named = about
     about = modules.in_model(about, model)
+    _check_normalised(model, about)
     of_model, at = model.heads, about.layer
     own = of_model is not None and at is not None and at < model.n_layers
     heads = of_model.of(at) if own and of_model is not None and at is not None else model.n_heads
@@ -241,6 +244,7 @@ def _record(spec: SaeSpec, input_scale: float | None, model: CachedModel, about:
         "prepend_bos": about.prepend_bos,
         "bos": None,
         "plain": modules.meant(about) if about == named else None,
+        "before_weights": (about.site or "").endswith(NORMALISED),
         "z_moved": modules.z_moved(about, model),
     }
 
@@ -257,6 +261,17 @@ def _check_revision(spec: SaeSpec, model: CachedModel, about: Description) -> No
             f"{about.file}: this SAE was trained on revision {wanted!r} of its model, and {model.id} is at "
             f"{model.revision[:8]}",
             hint=f"`raymi fetch {model.id}@{wanted}` and name that revision, or say `any_model`.",
+        )
+
+
+def _check_normalised(model: CachedModel, about: Description) -> None:
+    """With LayerNorms it depends on TransformerLens's version what it calls normalised."""
+    if about.of_lens and (about.site or "").endswith(NORMALISED) and not modules.has_rms_norms(model):
+        fed = str(about.site).replace(NORMALISED, MLP_INPUT)
+        raise UserError(
+            f"{about.file}: its files say {about.site}, which TransformerLens takes behind the weights of a LayerNorm "
+            "before version 3, unless they are folded, and before these from then on",
+            hint=f"Name it with `site: {about.site}` (before the weights) or `site: {fed}` (behind them).",
         )
 
 

@@ -18,6 +18,7 @@ from raymi.experiments.columns import EFFECTS, HOW
 from raymi.fed import Fed
 from raymi.fields import Fields, Names, NotEmpty, problem
 from raymi.prompts import TokenizedPrompt
+from raymi.sae.description import MLP_INPUT, NORMALISED
 
 Measure = Literal["features", "quality", "injection", "ablation"]
 
@@ -62,7 +63,11 @@ class SaeRef:
     @property
     def identity(self) -> list[object]:
         """What its numbers depend on, beside the model and the text."""
-        said: list[object] = [self.name, self.version, self.site, self.site_out, self.input_scale]
+        # What an MLP is fed was called so when the first rows were measured.
+        site = self.site.replace(MLP_INPUT, NORMALISED)
+        said: list[object] = [self.name, self.version, site, self.site_out, self.input_scale]
+        if self.site.endswith(NORMALISED):
+            said.append("before the norm's weights")
         return [*said, *(["centred"] if self.centred else []), *(["z before gates and norms"] if self.z_moved else [])]
 
 

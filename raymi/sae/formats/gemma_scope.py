@@ -1,15 +1,19 @@
-"""Gemma Scope (Gemma 2): `layer_L/width_16k/average_l0_N/params.npz`, and no config: site and layer are in the path."""
+"""Gemma Scope (Gemma 2): `layer_L/width_16k/average_l0_N/params.npz`, and no config: site and layer are in the path.
+
+Transcoders were trained on a model whose norms' weights are folded into the MLP's matrices: they read what the norm
+gives before its weights ("Language model technical details" of the paper).
+"""
 
 import re
 from pathlib import Path
 
-from raymi.sae.description import MLP_INPUT, Description, Stored
+from raymi.sae.description import NORMALISED, Description, Stored
 from raymi.sae.files import members
 from raymi.sae.formats.base import Format, has, member
 from raymi.sae.source import Source
 
 _REPO = re.compile(r"gemma-scope-(?P<size>\d+b)-(?P<tuning>pt|it)-(?P<kind>res|mlp|att|transcoders)")
-_SITES = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z", "transcoders": MLP_INPUT}
+_SITES = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z", "transcoders": NORMALISED}
 _NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 
 

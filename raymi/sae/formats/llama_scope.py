@@ -63,6 +63,7 @@ def _describe(source: Source, file: Path) -> Description:
         constant_threshold=threshold * scales[0],
         model_id="meta-llama/Llama-3.1-8B" if name.startswith("Llama3_1-8B-Base") else None,
         site=site,
+        of_lens=True,
         site_out=None if site_out == site else site_out,
         unit_decoder_required=config.flag("sparsity_include_decoder_norm", default=False),
         heads_joined=(site or "").endswith("hook_z"),

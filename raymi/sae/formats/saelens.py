@@ -73,6 +73,7 @@ def _describe(source: Source, file: Path) -> Description:
         k=need_k(config, _k(config, old=old)) if activation == "topk" else None,
         model_id=config.text("model_name"),
         site=hook,
+        of_lens=True,
         site_out=config.text("hook_name_out") if transcoder else None,
         head=config.integer("hook_head_index"),
         heads_joined=joined == "hook_z" or (old and joined is None and "hook_z" in (hook or "")),

@@ -11,7 +11,7 @@ __all__ = ["one_thread"]
 
 @pytest.fixture(scope="session")
 def tiny() -> Engine:
-    model = HookedModel(build("llama"), "org/tiny")
+    model = HookedModel(build("llama", norms=True), "org/tiny")
     return Engine(model, measure_capability(model, PROMPT), "cone")
 
 

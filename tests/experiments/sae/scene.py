@@ -47,7 +47,10 @@ SAES: dict[str, SAE] = {
     "heads": sae("topk", site="blocks.2.attn.hook_z", d_in=WIDTH, d_sae=D_SAE, seed=6, heads_joined=True),
     "head": sae("relu", site="blocks.0.attn.hook_z", d_in=WIDTH // HEADS, d_sae=D_SAE, seed=7, head=2),
     "transcoder": sae(
-        "topk", site="blocks.0.ln2.hook_normalized", site_out="blocks.0.hook_mlp_out", d_in=WIDTH, d_sae=D_SAE, seed=8
+        "topk", site="blocks.0.mlp.hook_in", site_out="blocks.0.hook_mlp_out", d_in=WIDTH, d_sae=D_SAE, seed=8
+    ),
+    "folded": sae(
+        "relu", site="blocks.1.ln2.hook_normalized", site_out="blocks.1.hook_mlp_out", d_in=WIDTH, d_sae=D_SAE, seed=9
     ),
 }  # fmt: skip
 REFS = {
@@ -80,7 +83,7 @@ class Plain:
     """transformers' own Llama and torch's own hooks."""
 
     def __init__(self) -> None:
-        self.model = build("llama")
+        self.model = build("llama", norms=True)
         self.layers = self.model.model.layers
 
     @torch.no_grad()
@@ -110,11 +113,14 @@ class Plain:
         inputs = {
             "hook_resid_pre": block,
             "attn.hook_z": block.self_attn.o_proj,
-            "ln2.hook_normalized": block.mlp,
+            "mlp.hook_in": block.mlp,
         }
         outputs = {"hook_resid_post": block, "hook_attn_out": block.self_attn, "hook_mlp_out": block.mlp}
         if name in inputs:
             return self._on_input(inputs[name], change)
+        if name == "ln2.hook_normalized":  # only looked at
+            norm = block.post_attention_layernorm
+            return norm.register_forward_hook(lambda *given: (change(given[2][0] / norm.weight), None)[1])
         if name == "hook_resid_mid":
             return self._on_middle(block, change)
 

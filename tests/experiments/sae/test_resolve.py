@@ -164,14 +164,68 @@ def test_a_feature_that_none_of_them_has(cache: Path) -> None:
     assert len(found(cache, spec(features=[3, 40], **injected))) == 3
 
 
-def test_a_transcoder_is_pinned_with_what_it_predicts(cache: Path) -> None:
-    metadata = {"sae_lens_version": "6.54.12", "model_name": "tiny", "hook_name": "blocks.1.ln2.hook_normalized"}
+NORMALISED, FED = "blocks.1.ln2.hook_normalized", "blocks.1.mlp.hook_in"
+
+
+def add_transcoder(cache: Path) -> None:
+    metadata = {"sae_lens_version": "6.54.12", "model_name": "tiny", "hook_name": NORMALISED}
     files = sae_files(
         "", architecture="transcoder", metadata={**metadata, "hook_name_out": "blocks.1.hook_mlp_out"}, d_out=16
     )
     add_files(cache, "org/coders", {f"x/{name}": content for name, content in files.items()})
-    [ref] = found(cache, spec("org/coders:x"))
-    assert (ref.site, ref.site_out, ref.layer) == (metadata["hook_name"], "blocks.1.hook_mlp_out", 1)
+
+
+def test_a_transcoder_is_pinned_with_what_it_predicts(cache: Path, tmp_path: Path) -> None:
+    add_transcoder(cache)
+    [ref] = found(cache, spec("org/coders:x"), model=stored_model(tmp_path, {}, {"rms_norm_eps": 1e-6}))
+    assert (ref.site, ref.site_out, ref.layer) == (NORMALISED, "blocks.1.hook_mlp_out", 1)
+
+
+def test_what_a_layer_norm_gives_is_asked_for_where_versions_differ(cache: Path) -> None:
+    add_transcoder(cache)
+    with pytest.raises(UserError, match=rf"before version 3.*\nName it with `site: {NORMALISED}`.*`site: {FED}`"):
+        found(cache, spec("org/coders:x"))
+    identities = list[list[object]]()
+    for site in (NORMALISED, FED):
+        [ref] = found(cache, spec({"sae": "org/coders:x", "site": site}))
+        assert ref.site == site
+        identities.append(ref.identity)
+    assert identities[0] == [*identities[1], "before the norm's weights"]
+
+
+def test_rows_of_before_a_norms_weights_were_told_apart(cache: Path, tmp_path: Path) -> None:
+    """What an MLP is fed had the other's name: right rows keep their identity, what was fed wrongly has a new one."""
+    add_transcoder(cache)
+    model = stored_model(tmp_path, {}, {"rms_norm_eps": 1e-6})
+    hook = "layers.1.mlp"
+    tensors = {"encoder.weight": (40, 16), "encoder.bias": (40,), "W_dec": (40, 16), "b_dec": (16,)}
+    config = {"activation": "topk", "k": 3, "num_latents": 40, "transcode": True}
+    files = {f"{hook}/sae.safetensors": safetensors(tensors), f"{hook}/cfg.json": json.dumps(config).encode()}
+    add_files(cache, "org/sparse", files)
+    asked = spec(["org/coders:x", f"org/sparse:{hook}"])
+    rows = schemas.rows("saes", resolve([asked], model, cache_dir=cache)).to_pylist()
+    assert [row["site"] for row in rows] == [NORMALISED, FED]
+    assert all(map(is_current, rows))
+    old = [row | {"site": NORMALISED, "before_weights": None} for row in rows]
+    assert not any(map(is_current, old))
+    again = schemas.rows("saes", renewed(old, [asked], model, cache_dir=cache)).to_pylist()
+    assert again == rows
+    assert latest([*old, *again]) == again
+    key = schemas.KEYS["saes"]
+    assert len({tuple(row[name] for name in key) for row in [*old, *again]}) == 4  # each is written
+    lens, sparse = (ref.identity for ref in refs(again)["quality"])
+    assert lens == ["org/coders:x", rows[0]["version"], NORMALISED, "blocks.1.hook_mlp_out", None,
+                    "before the norm's weights"]  # fmt: skip
+    assert sparse == [f"org/sparse:{hook}", rows[1]["version"], NORMALISED, "blocks.1.hook_mlp_out", None]
+
+
+def test_a_job_that_calls_what_a_module_is_given_by_the_old_name(cache: Path, tmp_path: Path) -> None:
+    tensors = {"encoder.weight": (40, 16), "encoder.bias": (40,), "W_dec": (40, 16), "b_dec": (16,)}
+    config = {"activation": "topk", "k": 3, "num_latents": 40, "transcode": True}
+    add_files(cache, "org/odd", {"x/sae.safetensors": safetensors(tensors), "x/cfg.json": json.dumps(config).encode()})
+    said = {"sae": "org/odd:x", "site": NORMALISED, "site_out": "blocks.1.hook_mlp_out"}
+    [ref] = found(cache, spec(said))
+    assert ref.site == FED
 
 
 NORMS = {

@@ -281,8 +281,11 @@ def _left_out(report: "Report") -> Iterator[str]:
             f"{plural(int(prompts['rows'].sum()), 'row')} of {plural(prompts.height, 'prompt')} that the job has no "
             f"longer ({ids}); --all counts them"
         )
-        for name in report.left_out.mixed:
-            yield f"{name}: its sums over texts may hold them still; a run of its own (--new) leaves them out"
+    for name in report.left_out.mixed:
+        yield (
+            f"{name}: its sums are over prompts of which the job has some no longer; the run's command, issued again, "
+            "measures them without"
+        )
 
 
 def _failures(failures: "pl.DataFrame", width: int) -> Iterator[str]:

@@ -87,6 +87,9 @@ class Agenda:
         self.job, self.former, self.models = job, former, dict(models)
         self._generations, self._rule, self._done = manifest.generations, CutRule(**manifest.cut_rule), done
         self.prompts = {prompt.id: prompt for prompt in job.prompts}
+        of_job = manifest.jobs[-1].resolved["prompts"] if manifest.jobs else ()
+        self._issued = self.prompts.keys() | {prompt["id"] for prompt in of_job}
+        """Ids of all prompts of the job, where `job` has a few of them."""
         self._known = dict(stored)
         self._noticed: dict[str, list[dict[str, Any]]] = {}
         self._healed: dict[str, set[str]] = {}
@@ -191,18 +194,15 @@ class Agenda:
             self._healed[key] = failed - {why.prompt_id for why in unfit}
             usable = self._usable(model, known.prompts, saes)
             generations = [*map(_all_fed, self._generations), *self._chunks(known)]
-            every = [
-                unit
-                for generation in generations
-                for unit in self._cut(model, [usable[each] for each in generation if each in usable], saes)
-            ]
+            texts = [[usable[each] for each in generation if each in usable] for generation in generations]
+            every = [unit for its in texts for unit in self._cut(model, its, saes)]
             cut = [unit for unit in every if any(self._is_wanted(prompt_id) for prompt_id, _ in unit.items)]
             self._noticed[key] = notices(
                 known.units,
                 every,
                 [spec.name for spec in self.job.experiments],
                 [prompt_id for prompt_id in usable if self._is_wanted(prompt_id)],
-                complete=all(prompt_id in usable for generation in self._generations for prompt_id in generation),
+                {unit.unit_id for its in texts for unit in self._cut(model, its, saes, sum_former=True)},
             )
             left = [unit for unit in cut if unit.unit_id not in self._done]
             lengths = {prompt_id: len(prompt.token_ids) for prompt_id, prompt in usable.items()}
@@ -243,7 +243,14 @@ class Agenda:
                 del usable[prompt_id]
         return usable
 
-    def _cut(self, model: CachedModel, prompts: Sequence[TokenizedPrompt], saes: Saes) -> list[Unit]:
+    def _cut(
+        self, model: CachedModel, prompts: Sequence[TokenizedPrompt], saes: Saes, *, sum_former: bool = False
+    ) -> list[Unit]:
+        """The units of some prompts. Sums over prompts are over those that the job has: out of a sum that holds others,
+        too, these cannot be taken (`sum_former`: it as it once was).
+        """
+        issued = [each for each in prompts if plain_id(each.prompt.id)[0] in self._issued]
+        sums = {spec.name for spec in self.job.sae_experiments if spec.sums_prompts and not sum_former}
         return [
             unit
             for spec in self.job.experiments
@@ -251,7 +258,7 @@ class Agenda:
                 self.job,
                 spec,
                 model,
-                [each for each in prompts if not self._why_unfit(model, spec, each)],
+                [each for each in (issued if spec.name in sums else prompts) if not self._why_unfit(model, spec, each)],
                 self._rule,
                 saes.get(spec.name, ()),
             )

@@ -71,8 +71,7 @@ def notices(
     planned: Sequence[Unit],
     experiments: Collection[str],
     wanted: Collection[str],
-    *,
-    complete: bool,
+    summed: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """What is to be noted in table `superseded` of one model: experiment, unit_id, why (null: it counts again).
 
@@ -81,8 +80,7 @@ def notices(
         planned: all units of the model, those of prompts that the job has no longer among them.
         experiments: names of those that were planned: what is stored of others is left alone.
         wanted: ids of the texts that the job measures: a unit that holds none of them is left alone.
-        complete: whether all texts were planned that the run ever had; if not, what does not say its texts is left
-            alone.
+        summed: ids of what would be planned if sums over prompts still held those that the job has no longer.
     """
     ids = {unit.unit_id for unit in planned}
     moment = datetime.now(UTC)
@@ -92,9 +90,11 @@ def notices(
             continue
         why = None
         if unit_id not in ids:
-            if not (unit.prompts & set(wanted) if unit.prompts else complete):
+            if unit.prompts and not unit.prompts & set(wanted):
                 continue
             why = reason(unit, [each for each in planned if each.experiment == unit.experiment])
+            if unit_id in summed:
+                why = "its sums are over prompts of which the job has some no longer"
         found.append({"experiment": unit.experiment, "unit_id": unit_id, "why": why, "noticed_at": moment})
     return found
 

@@ -30,6 +30,7 @@ def as_record(report: Report) -> dict[str, Any]:
         **{name: frame.to_dicts() for name, frame in _frames(report).items()},
         "mismatches": report.mismatches.to_dicts(),
         **{name: frame.to_dicts() for name, frame in _left_out(report).items()},
+        "former_prompts_in_sums": report.left_out.mixed,
         **{name: frame.to_dicts() for name, frame in report.saes.tables.items()},
     }
 

@@ -60,13 +60,13 @@ class View:
         notices = self.scan("superseded").sort("noticed_at", maintain_order=True)
         return notices.group_by(unit, maintain_order=True).agg(pl.col("why").last()).filter(pl.col("why").is_not_null())
 
-    def stored(self, table: str) -> pl.LazyFrame:
-        """The rows of units in one of their tables, superseded ones and former prompts among them."""
-        return self.scan(table)
+    def planned(self, table: str) -> pl.LazyFrame:
+        """The rows of units that the plan names, those of former prompts among them."""
+        return self.scan(table).join(self.superseded(), on="unit_id", how="anti")
 
     def units(self, table: str) -> pl.LazyFrame:
         """The rows of units that count."""
-        rows = self.scan(table).join(self.superseded(), on="unit_id", how="anti")
+        rows = self.planned(table)
         if self.former and "prompt_id" in schemas.SCHEMAS[table].names:
             rows = rows.filter(~pl.col("prompt_id").is_in(list(self.former)))
         return self._renamed(rows) if "site" in schemas.SCHEMAS[table].names else rows

@@ -12,8 +12,9 @@ from raymi.experiments.knockout.spec import Ablation
 from raymi.experiments.sae.spec import SaeRef
 from raymi.plan import Unit
 from raymi.report import tables
-from tests.cli.test_run import PARIS, ROME, Run, folder, run, write_job  # noqa: F401
-from tests.fakes import add_model
+from raymi.report.saes import METRICS
+from tests.cli.test_run import JOB, PARIS, ROME, Run, folder, run, write_job  # noqa: F401
+from tests.fakes import add_model, write_sae
 
 SAE = SaeRef("org/sae", "org/sae@1", "1" * 40, "blocks.0.mlp.hook_out", None, 8)
 
@@ -54,7 +55,7 @@ def test_the_reason_is_said(was: StoredUnit, now: Any, said: str):
 
 
 def test_only_what_is_planned_otherwise_is_noted():
-    planned, ask = [unit(SAE)], {"experiments": ["e"], "wanted": ["p"], "complete": True}
+    planned, ask = [unit(SAE)], {"experiments": ["e"], "wanted": ["p"]}
     assert notices({"now": stored()}, planned, **ask) == []
     [found] = notices({"old": stored()}, planned, **ask)
     assert (found["unit_id"], found["experiment"]) == ("old", "e")
@@ -87,6 +88,41 @@ def test_a_run_notes_what_it_plans_otherwise_now(run: Run, monkeypatch: pytest.M
     assert rows("superseded").height == noted.height, "once is enough"
 
 
+def test_sums_over_prompts_are_over_those_that_the_job_has(run: Run):  # noqa: F811
+    """Out of a sum none can be taken: it is made anew, and the old one counts again when its prompts are back."""
+    add_model(Path("cache"), "org/one", scale=0.5)
+    write_sae(Path("saes"), "blocks.1.hook_resid_pre", model="org/one")
+    more = "  - {kind: sae, measure: quality, name: sums, saes: saes}\n"
+    lima, long = "{id: lima, text: The capital of Peru is}", "{id: long, text: The capital of Peru is in the}"
+    job = lambda *prompts: Path("job.yaml").write_text(  # noqa: E731
+        JOB.format(models="org/*", prompts=", ".join(prompts)).replace("unit_ablations", more + "unit_ablations")
+    )
+    numbers = ["texts", "tokens", *METRICS]
+    quality = lambda: tables.report(raymi.store.open("store")).saes.quality.select(numbers).to_dicts()  # noqa: E731
+    job(PARIS, ROME, lima, long)
+    assert run().code == 0
+    [whole] = quality()
+    assert whole["texts"] == 4
+    # As it is of these alone, in a store of their own.
+    job(PARIS, lima)
+    assert run("--store", "other").code == 0
+    [alone] = tables.report(raymi.store.open("other")).saes.quality.select(numbers).to_dicts()
+    said = run()
+    assert said.code == 0, said.err
+    assert quality() == [pytest.approx(alone, rel=1e-9)]
+    assert "sums are over prompts of which the job has some no longer" in said.out
+    # The unit of just `long` as well: what is left of its row is said.
+    assert tables.report(raymi.store.open("store")).left_out.superseded["units"].to_list() == [2]
+    assert "nothing to do" in run().out
+    # A few of the job's prompts are not all that it has.
+    assert "nothing to do" in run("--limit", "1").out
+    assert quality() == [pytest.approx(alone, rel=1e-9)]
+    job(ROME, long, PARIS, lima)
+    said = run()
+    assert "nothing to do" in said.out
+    assert quality() == [pytest.approx(whole, rel=1e-9)]
+
+
 def test_nothing_is_superseded_by_less(run: Run):  # noqa: F811
     add_model(Path("cache"), "org/one")
     add_model(Path("cache"), "org/two")
@@ -96,3 +132,19 @@ def test_nothing_is_superseded_by_less(run: Run):  # noqa: F811
     for less in ((), ("--models", "org/two"), ("--set", "unit_ablations=3"), ("--set", "engine=full")):
         assert run(*less).code == 0
     assert rows("superseded").is_empty()
+
+
+def test_a_job_that_is_refused_is_none_of_the_run(run: Run):  # noqa: F811
+    add_model(Path("cache"), "org/one")
+    write_job(prompts=[PARIS, ROME])
+    assert run().code == 0
+    before = raymi.store.open("store").find()
+    write_job(prompts=[PARIS.replace("France", "Spain"), "{id: lima, text: The capital of Peru is}"])
+    said = run()
+    assert said.code == 2
+    assert "'paris' is not what it was" in said.err
+    assert raymi.store.open("store").find() == before
+    assert tables.report(raymi.store.open("store")).models["prompts"].to_list() == [2]
+    # What it brought may be written otherwise.
+    write_job(prompts=[PARIS, "{id: lima, text: The capital of Peru is in}"])
+    assert run().code == 0

@@ -4,6 +4,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -15,6 +16,7 @@ from raymi.store.layout import slug
 from raymi.store.reader import Store
 from raymi.store.writer import Run
 from tests.rows import MODEL, MOMENT, REVISION, cell, failure, loaded
+from tests.sae_rows import Tokens
 
 OTHER = "1" * 40
 
@@ -117,6 +119,33 @@ def test_superseded_units_leave_the_means_and_are_said_with_the_reason(store: St
     assert report.left_out.superseded.select("units", "rows", "why").rows() == [(1, 1, "layer 0 has 8 heads")]
     assert report.measured == 2
     assert "1 row of work that is not planned any more: layer 0 has 8 heads" in text(store)
+
+
+def test_a_superseded_unit_of_a_former_prompt_is_said_once(store: Store) -> None:
+    with take(store, "p", "gone") as run:
+        put(run, "ablations", cell("a", 0, prompt_id="p"), cell("old", 0, prompt_id="gone"))
+        put(run, "ablations", cell("b", 0, prompt_id="gone"))
+        gone = {"model_id": MODEL, "revision": REVISION, "experiment": "heads", "unit_id": "old", "why": "y"}
+        put(run, "superseded", gone | {"noticed_at": MOMENT})
+    take(store, "p").__enter__().close("done")
+    report = tables.report(store)
+    assert report.left_out.prompts.rows() == [("gone", 1)]
+    assert report.left_out.superseded["rows"].to_list() == [1]
+    # --all counts just what the report says that it counts.
+    assert tables.report(store, everything=True).models["ablations"].to_list() == [1 + 1]
+
+
+def test_sums_that_hold_former_prompts_are_said_also_where_nothing_else_is_measured(store: Store) -> None:
+    """As an older raymi has gone on with them."""
+    sums = Tokens(np.random.default_rng(0), 5).row("a")
+    both = [{"name": name, "measure": "quality", "corpus": None, "prompts": ["*"]} for name in ("sums", "right")]
+    with take(store, "p", "gone", experiments=both) as run:
+        put(run, "sae_quality", {**sums, "experiment": "sums", "texts": 2})
+        put(run, "sae_quality", {**sums, "experiment": "right", "unit_id": "b", "texts": 1})
+    take(store, "p", experiments=both).__enter__().close("done")
+    assert tables.report(store).left_out.mixed == ["sums"]
+    assert "sums: its sums are over prompts of which the job has some no longer" in text(store)
+    assert tables.report(store, everything=True).left_out.mixed == []
 
 
 def test_cells_that_cut_nothing_are_counted_and_stay_out_of_means_and_rankings(store: Store) -> None:

@@ -223,6 +223,11 @@ class SaeSpec(Fields):
         """Where its rows go."""
         return TABLES[self.measure]
 
+    @property
+    def sums_prompts(self) -> bool:
+        """Whether its rows are sums over prompts, out of which none can be taken afterwards."""
+        return self.measure == "quality" and self.corpus is None
+
 
 TABLES: dict[Measure, str] = {
     "features": "sae_features",

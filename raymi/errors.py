@@ -71,3 +71,27 @@ def _pieces(value: object) -> Iterator[str]:
             yield hex(value >> (value.bit_length() - 1_000)) + "…"
         case _:
             yield repr(value)
+
+
+_IN_WORDS = frozenset({"UserError", "Rejected", "Mismatch", "Impossible", "BadWeights", "RunLost", "DamagedError"})
+"""Kinds of failures whose message says all: their names tell a user nothing more."""
+
+
+def told(model: str, stage: str, kind: str | None, message: str | None) -> str:
+    """A failure in one line, in which nothing is said twice.
+
+    Args:
+        model: what failed.
+        stage: where: plan, load, 2 units, ...
+        kind: of the error.
+        message: of the error, which may begin with the model, and have a hint in a line of its own.
+    """
+    first, *hints = (message or "").removeprefix(f"{model}: ").splitlines() or [""]
+    for hint in hints:
+        first = (
+            f"{first}{'' if first.endswith(('.', '!', '?', ':')) else '.'} {hint.strip()}" if hint.strip() else first
+        )
+    said = [model, stage, kind or "", first]
+    if kind in _IN_WORDS:
+        said = [model, "" if stage in ("plan", "select", "prompt") else stage, first]
+    return ": ".join(part for part in said if part)

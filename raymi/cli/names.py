@@ -33,6 +33,7 @@ def named(report: "Report") -> "Report":
         models=name(report.models),
         answers=name(report.answers),
         layers=name(report.layers),
+        heads=name(report.heads),
         failures=name(report.failures),
         mismatches=name(report.mismatches),
         saes=dataclasses.replace(report.saes, **saes),

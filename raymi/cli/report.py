@@ -1,6 +1,5 @@
 """`raymi report`: a run's results as tables."""
 
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import fill
@@ -9,17 +8,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import raymi.store
+from raymi.cli import failures_text
+from raymi.cli.effects_text import by_head, by_layer, strongest
 from raymi.cli.options import store_option
 from raymi.cli.sae_text import sections
-from raymi.cli.text import bars, number, plural, table, terminal_width
+from raymi.cli.text import number, plural, table, terminal_width
 
 if TYPE_CHECKING:
     import polars as pl
 
     from raymi.report.tables import Report
-
-PROMPTS_SAID = 3
-"""Of the prompts that a model can never measure, so many are said in full."""
 
 
 @click.command()
@@ -30,10 +28,10 @@ PROMPTS_SAID = 3
 @click.option(
     "--csv",
     type=click.Path(path_type=Path),
-    help="Write the tables into this folder: models.csv, answers.csv, layers.csv, failures.csv, mismatches.csv where "
-    "what was measured twice did not agree, superseded.csv and former_prompts.csv for what is stored and does not "
-    "count, and sae_*.csv for what was measured with autoencoders; or the table of models, if "
-    "it ends in .csv.",
+    help="Write the tables into this folder: models.csv, answers.csv, layers.csv, heads.csv, failures.csv, "
+    "mismatches.csv where what was measured twice did not agree, superseded.csv and former_prompts.csv for what is "
+    "stored and does not count, and sae_*.csv for what was measured with autoencoders; or the table of models, if it "
+    "ends in .csv.",
 )
 @click.option("--parquet", type=click.Path(path_type=Path), help="The same as Parquet.")
 def command(
@@ -77,8 +75,8 @@ def lines(report: "Report", width: int) -> Iterator[str]:
         yield from _effects(models, width)
         layers = report.layers.filter(report.layers["experiment"] == experiment)
         if layers["layers"].n_unique() > 1:
-            yield "\nmeans by layer, each bar by its size relative to the largest of its row"
-            yield from _by_layer(layers, width)
+            yield from by_layer(layers, width)
+            yield from by_head(report.heads.filter(report.heads["experiment"] == experiment), width)
     yield from sections(report.saes, width)
     if not report.models.is_empty():
         together = report.answers["experiment"].n_unique() <= 1
@@ -103,7 +101,7 @@ def lines(report: "Report", width: int) -> Iterator[str]:
             yield fill(each, width or 10_000, initial_indent="  ", subsequent_indent="    ")
     if not report.failures.is_empty():
         yield "\nfailed:"
-        yield from _failures(report.failures, width)
+        yield from failures_text.lines(report.failures, width)
 
 
 def _heading(report: "Report") -> Iterator[str]:
@@ -136,33 +134,11 @@ def _effects(models: "pl.DataFrame", width: int) -> list[str]:
             number(model["mean_kl"]),
             number(model["max_kl"]),
             number(model["mean_logit_diff"], "+"),
-            _cell(model["strongest_layers"], model["strongest_heads"]),
+            strongest(model["strongest_layers"], model["strongest_heads"]),
         ]
         for model in models.iter_rows(named=True)
     ]
     return table(header, rows, right=range(1, 5), width=width)
-
-
-def _by_layer(layers: "pl.DataFrame", width: int) -> list[str]:
-    rows: list[list[str]] = []
-    for (model_id,), of_model in layers.group_by("model_id", maintain_order=True):
-        for name, column, sign in (("KL", "mean_kl", ""), ("logit diff", "mean_logit_diff", "+")):
-            found = of_model.drop_nulls(column)
-            if found.is_empty():
-                continue
-            at = found[column].abs().arg_max() or 0
-            peak = f"L{_short(found['layers'][at])} {number(found[column][at], sign)}"
-            rows.append([str(model_id) if name == "KL" else "", name, bars(_axis(found, column)), peak])
-    return table(("model", "mean", "first layer to last", "largest"), rows, right=(), width=width)
-
-
-def _axis(layers: "pl.DataFrame", column: str) -> list[float | None]:
-    """A magnitude for each layer, None where it was not ablated; where layers go together, for each group."""
-    values = layers[column].abs().to_list()
-    if (layers["first_layer"] != layers["last_layer"]).any():
-        return values
-    at: dict[int, float] = dict(zip(layers["first_layer"], values, strict=True))
-    return [at.get(layer) for layer in range(max(at) + 1)]
 
 
 def _baselines(models: "pl.DataFrame", answers: "pl.DataFrame | None", width: int) -> list[str]:
@@ -286,37 +262,3 @@ def _left_out(report: "Report") -> Iterator[str]:
             f"{name}: its sums are over prompts of which the job has some no longer; the run's command, issued again, "
             "measures them without"
         )
-
-
-def _failures(failures: "pl.DataFrame", width: int) -> Iterator[str]:
-    import polars as pl
-
-    by = ["model_id", "stage", "kind", "message"]
-    alike = failures.group_by(by, maintain_order=True).agg(pl.len().alias("n"), pl.col("attempts").max())
-    of_prompts: Counter[str] = Counter()
-    for failure in alike.iter_rows(named=True):
-        if failure["stage"] == "prompt":
-            of_prompts[failure["model_id"]] += 1
-            if of_prompts[failure["model_id"]] > PROMPTS_SAID:
-                continue
-        yield fill(_failure(failure), width or 10_000, initial_indent="  ", subsequent_indent="    ")
-    for model, n in of_prompts.items():
-        if n > PROMPTS_SAID:
-            yield f"  {model}: prompt: ... and {n - PROMPTS_SAID:,} more that cannot be measured"
-
-
-def _failure(failure: dict[str, Any]) -> str:
-    stage = plural(failure["n"], "unit") if failure["stage"] == "unit" else failure["stage"]
-    tries = f" ({failure['attempts']} attempts)" if failure["attempts"] > 1 else ""
-    reason = ": ".join(str(part) for part in (failure["kind"], failure["message"]) if part)
-    return f"{failure['model_id'] or 'the run'}: {stage}: {reason}{tries}"
-
-
-def _cell(layers: str | None, heads: str | None) -> str:
-    if layers is None or heads is None:  # all that was cut had been closed before
-        return "-"
-    return f"L{_short(layers)} " + ("all heads" if heads == "all" else f"H{_short(heads)}")
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= 9 else f"{label[:8]}…"

@@ -11,7 +11,7 @@ import click
 import raymi.store
 from raymi.cli.options import run_options
 from raymi.cli.text import size, table, terminal_width
-from raymi.errors import UserError
+from raymi.errors import UserError, told
 
 if TYPE_CHECKING:
     from raymi.cluster.sweep import Order, Result
@@ -182,7 +182,7 @@ def _rehearse(order: "Order", store: "Store") -> int:
     seconds = 0.0
     for key, left, cost in rehearse(order, store):
         if isinstance(left, Failed):
-            failures.append(f"{key}: {left.message}")
+            failures.append(told(key, "plan", "UserError", left.message))
             continue
         counts = [f"{len(left):,}", f"{sum(unit.n_ablations for unit in left):,}"]
         takes = [f"{cost.forwards:,}", duration(cost.seconds), size(cost.peak_bytes)] if cost else ["-", "-", "-"]

@@ -71,7 +71,7 @@ def _densities(densities: "pl.DataFrame", width: int) -> list[str]:
     rows: list[list[str]] = []
     for about, its in _by(densities.filter(densities["at_least"] > 0), "sae", "site"):
         low, high = its["at_least"].min(), its["below"].max()
-        rows.append([about["sae"], f"{low:.1e}", bars(its["features"].to_list()), f"{high:.1e}"])
+        rows.append([about["sae"], f"{low:.1e}", "".join(bars(its["features"].to_list())), f"{high:.1e}"])
     return table(("SAE", "from", "features", "below"), rows, right=(), width=width) if rows else ["none was active"]
 
 

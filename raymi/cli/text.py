@@ -59,19 +59,21 @@ def plural(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
-def bars(values: Sequence[float | None], most: int = 24) -> str:
-    """Values from 0 up as one character each, relative to the largest; a dot where there is none.
-
-    Args:
-        values: one a place.
-        most: characters; where there are more values, neighbours share one, which shows the larger.
+def bars(values: Sequence[float | None]) -> list[str]:
+    """Values as one character each, by their size relative to the largest; `-` stands before one below zero, and a dot
+    in the place of one that is not there.
     """
     glyphs = "▁▂▃▄▅▆▇█" if (sys.stdout.encoding or "").lower().startswith("utf") else "12345678"
-    n = min(len(values), most)
-    bins = [values[i * len(values) // n : (i + 1) * len(values) // n] for i in range(n)]
-    tops = [max((value for value in some if value is not None), default=None) for some in bins]
-    largest = max((top for top in tops if top is not None), default=0) or 1
-    return "".join("·" if top is None else glyphs[round(top / largest * (len(glyphs) - 1))] for top in tops)
+    none = "·" if glyphs[0] == "▁" else "."
+    largest = max((abs(value) for value in values if value is not None), default=0) or 1
+
+    def bar(value: float | None) -> str:
+        if value is None:
+            return none
+        size = round(abs(value) / largest * (len(glyphs) - 1))
+        return ("-" if value < 0 else "") + glyphs[size]
+
+    return [bar(value) for value in values]
 
 
 def terminal_width() -> int:

@@ -14,6 +14,7 @@ from raymi.cluster.messages import Backend, Note, Outcome, Rows, Trouble
 from raymi.cluster.progress import Display
 from raymi.cluster.scheduler import Scheduler
 from raymi.cluster.worker import Failed
+from raymi.errors import told
 from raymi.plan import Unit
 from raymi.store import schemas
 from raymi.store.writer import Run
@@ -185,7 +186,7 @@ class _Record:
         failure = trouble.failure
         what = f"unit {failure.unit_id}" if failure.unit_id else trouble.stage
         again = "" if trouble.final else "; it is tried again"
-        self._display.say(f"{trouble.model}: {what}: {failure.kind}: {_first_line(failure.message)}{again}")
+        self._display.say(told(trouble.model, what, failure.kind, _first_line(failure.message)) + again)
 
     def _keep(self, trouble: Trouble) -> None:
         failure, model = trouble.failure, self._agenda.models[trouble.model]

@@ -38,7 +38,7 @@ def as_record(report: Report) -> dict[str, Any]:
 def write(report: Report, path: Path, kind: Format) -> list[Path]:
     """Writes the tables into the folder `path`, or the first as the file `path`.
 
-    They are `models`, `answers`, `layers` and `failures`, and what is not empty of `mismatches`, `superseded`,
+    They are `models`, `answers`, `layers`, `heads` and `failures`, and what is not empty of `mismatches`, `superseded`,
     `former_prompts` and those of autoencoders (`sae_quality`, ...).
 
     Args:
@@ -69,7 +69,8 @@ def write(report: Report, path: Path, kind: Format) -> list[Path]:
 
 
 def _frames(report: Report) -> dict[str, pl.DataFrame]:
-    return {"models": report.models, "answers": report.answers, "layers": report.layers, "failures": report.failures}
+    names = ("models", "answers", "layers", "heads", "failures")
+    return {name: getattr(report, name) for name in names}
 
 
 def _left_out(report: Report) -> dict[str, pl.DataFrame]:

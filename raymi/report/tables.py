@@ -27,6 +27,8 @@ class Report:
     """One row a model and experiment that looked at next tokens: `per_answer`."""
     layers: pl.DataFrame
     """One row a model, experiment and group of layers: `per_layer`."""
+    heads: pl.DataFrame
+    """One row a model, experiment and single head of a single layer: `per_head`."""
     failures: pl.DataFrame
     """What failed and has not been mended since: `open_failures`."""
     mismatches: pl.DataFrame
@@ -59,6 +61,7 @@ def report(store: Store, ref: str | None = None, *, everything: bool = False) ->
         models=per_model(view, failures),
         answers=collect(lambda: per_answer(view)).sort(*MODEL, "experiment"),
         layers=per_layer(view),
+        heads=per_head(view),
         failures=failures,
         mismatches=mismatches(view),
         saes=saes(view),
@@ -224,6 +227,28 @@ def per_layer(view: View) -> pl.DataFrame:
         )
     )
     return table.sort(*MODEL, "experiment", "first_layer", "last_layer", "layers")
+
+
+def per_head(view: View) -> pl.DataFrame:
+    """One row a model, experiment and head, of ablations of one head in one layer.
+
+    Returns:
+        model_id, revision, dtype, experiment, layer, head, ablations, mean_kl, max_kl, mean_logit_diff; ascending.
+        Without what cut nothing.
+    """
+    by = [*MODEL, "experiment", "layer", "head"]
+
+    def found() -> pl.LazyFrame:
+        rows = view.units("ablations").unique(["unit_id", "ablation_id"]).filter(~closed("ablations"))
+        rows = rows.drop_nulls(["layer", "head"]).group_by(by)
+        return rows.agg(
+            pl.len().cast(pl.Int64).alias("ablations"),
+            pl.col("kl").mean().alias("mean_kl"),
+            pl.col("kl").max().alias("max_kl"),
+            pl.col("logit_diff").mean().alias("mean_logit_diff"),
+        )
+
+    return collect(found).sort(by)
 
 
 def open_failures(view: View) -> pl.DataFrame:

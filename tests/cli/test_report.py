@@ -13,7 +13,7 @@ import raymi.store
 from raymi.cli.main import raymi as cli
 from raymi.cli.sae_text import clipped
 from raymi.cli.text import bars
-from raymi.errors import UserError
+from raymi.errors import UserError, told
 from raymi.store import schemas
 from raymi.store.layout import slug
 from tests.rows import MOMENT, cell, failure, loaded, take, verified
@@ -80,9 +80,77 @@ def test_report_shows_models_layers_and_failures_in_80_columns(folder: Path) -> 
     row = ["openai-community/gpt2", "24", "0.0550", "0.1100", "-0.5500", "L11", "H0"]
     assert row in [line.split() for line in text.splitlines()]
     assert "▁▂▂▃▄▄▅▅▆▇▇█" in text
-    assert "L63 -6.3000" in text
-    assert f"{LONG}: 2 units: NonFinite: NaN in layer 3" in text
-    assert "org/broken: load: OSError: the header of model.safetensors" in text
+    assert "largest L63 -6.3000" in text
+    assert f"1. {LONG}: 2 units: NonFinite: NaN in layer 3" in text
+    assert "2. org/broken: load: OSError: the header of model.safetensors" in text
+
+
+def test_all_layers_of_a_deep_model_are_shown_with_their_signs(folder: Path) -> None:
+    lines = call("report", "--store", folder).output.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("  KL") and "L63" in line)
+    shown = [line[16:].split("  largest")[0] for line in lines[at : at + 4]]
+    assert sum(len(line) for line in shown[:2]) == 64
+    assert lines[at + 1].startswith("    from 40")
+    assert lines[at + 2].startswith("  logit diff -")  # none is above zero
+    assert not any("logit diff +" in line for line in lines)
+    wide = call("report", "--store", folder, columns=300).output
+    assert any(len(line[16:].split("  largest")[0]) == 64 for line in wide.splitlines() if line.startswith("  KL"))
+
+
+def test_a_table_of_layers_and_heads(tmp_path: Path) -> None:
+    store = raymi.store.open(str(tmp_path))
+    effects = {(0, 0): 0.0, (0, 1): 2.0, (1, 0): -4.0, (1, 1): 0.1, (2, 1): 1.0}  # layer 2 has no head 0
+    with take(store, RUN) as run:
+        rows = [cell("u", layer, head, logit_diff=effect) for (layer, head), effect in effects.items()]
+        together = [cell("v", 3, None, logit_diff=9.0)]
+        run.add("ablations", "m", schemas.rows("ablations", rows + together))
+        run.close("done")
+    said = call("report", "--store", tmp_path).output
+    assert "logit diff by layer and head; largest L1 H0 -4.0000; · is near zero" in said
+    assert "\n      0 1\nL0    · ▅\nL1   -█ ·\nL2      ▃\n" in said
+    assert "\nL3" not in said
+
+    assert call("report", "--store", tmp_path, "--csv", tmp_path / "out").exit_code == 0
+    heads = pl.read_csv(tmp_path / "out" / "heads.csv")
+    assert heads.columns[-6:] == ["layer", "head", "ablations", "mean_kl", "max_kl", "mean_logit_diff"]
+    found = {(row["layer"], row["head"]): row["mean_logit_diff"] for row in heads.iter_rows(named=True)}
+    assert found == effects
+    shown = json.loads(call("report", "--store", tmp_path, "--json").output)["heads"]
+    assert len(shown) == len(effects)
+
+
+def test_many_heads_and_many_models_are_folded(tmp_path: Path) -> None:
+    store = raymi.store.open(str(tmp_path))
+    with take(store, RUN) as run:
+        for model in range(6):
+            rows = [cell(f"u{model}", layer, head, model=f"org/m{model}") for layer in range(2) for head in range(50)]
+            run.add("ablations", "m", schemas.rows("ablations", rows))
+        run.close("done")
+    said = call("report", "--store", tmp_path).output
+    assert max(map(len, said.splitlines())) <= 80
+    assert "(heads from 37)" in said
+    assert "... and 2 more models: --csv FOLDER writes heads.csv with all" in said
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "message", "said"),
+    [
+        (
+            "plan",
+            "UserError",
+            "org/a: heads: 12 is out of range.\nThey are 0-11.",
+            "org/a: heads: 12 is out of range. They",
+        ),
+        ("load", "UserError", "org/a: it is too large\nTry less", "org/a: load: it is too large. Try less"),
+        ("load", "Mismatch", "org/a: 3 of 8 differ", "org/a: load: 3 of 8 differ"),
+        ("load", "OSError", "torn", "org/a: load: OSError: torn"),
+        ("plan", "KeyError", "'x'", "org/a: plan: KeyError: 'x'"),
+        ("select", "Rejected", "no tokenizer", "org/a: no tokenizer"),
+        ("3 units", None, None, "org/a: 3 units"),
+    ],
+)
+def test_failures_say_nothing_twice(stage: str, kind: str | None, message: str | None, said: str) -> None:
+    assert told("org/a", stage, kind, message).startswith(said)
 
 
 def test_verification_that_proves_little_says_so(tmp_path: Path) -> None:
@@ -175,7 +243,13 @@ def test_tables_are_written_to_a_folder_or_one_to_a_file(folder: Path, tmp_path:
     assert callable(read)
     assert call("report", "--store", folder, f"--{kind}", tmp_path / "out").exit_code == 0
     heights = {path.name: read(path).height for path in (tmp_path / "out").iterdir()}
-    assert heights == {f"models.{kind}": 3, f"answers.{kind}": 2, f"layers.{kind}": 76, f"failures.{kind}": 3}
+    assert heights == {
+        f"models.{kind}": 3,
+        f"answers.{kind}": 2,
+        f"layers.{kind}": 76,
+        f"heads.{kind}": 152,
+        f"failures.{kind}": 3,
+    }
     result = call("report", "--store", folder, f"--{kind}", tmp_path / f"one.{kind}")
     assert result.output == f"wrote {tmp_path / f'one.{kind}'}\n"
     assert read(tmp_path / f"one.{kind}")["ablations"].to_list() == [128, 24, 0]
@@ -264,7 +338,7 @@ def test_tables_of_autoencoders_are_exported(of_saes: Path, folder: Path, tmp_pa
     names = ("quality", "densities", "injections", "ablations", "activity", "features", "examples", "absent")
     assert call("report", "--store", of_saes, "--csv", tmp_path).exit_code == 0
     heights = {path.stem: pl.read_csv(path, infer_schema=False).height for path in tmp_path.iterdir()}
-    assert heights.keys() == {"models", "answers", "layers", "failures", *(f"sae_{name}" for name in names)}
+    assert heights.keys() == {"models", "answers", "layers", "heads", "failures", *(f"sae_{name}" for name in names)}
     assert (heights["sae_quality"], heights["sae_injections"], heights["sae_features"]) == (2, 30, 31)
     report = json.loads(call("report", "--store", of_saes, "--json").output)
     assert {name: len(report[name]) for name in heights} == heights
@@ -313,15 +387,14 @@ def test_an_empty_store_has_no_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "most", "shown"),
+    ("values", "shown"),
     [
-        ([0.0, 1.0, 2.0], 9, "▁▅█"),
-        ([1.0, None, 1.0], 9, "█·█"),
-        ([0.0, 0.0], 9, "▁▁"),
-        ([0.0, 7.0, 0.0, 1.0], 2, "█▂"),
-        ([None, 7.0, None, None], 2, "█·"),
-        ([1.0] * 7, 3, "███"),
+        ([0.0, 1.0, 2.0], ["▁", "▅", "█"]),
+        ([1.0, None, 1.0], ["█", "·", "█"]),
+        ([0.0, 0.0], ["▁", "▁"]),
+        ([-2.0, 1.0, -0.01], ["-█", "▅", "-▁"]),
+        ([], []),
     ],
 )
-def test_bars(values: list[float | None], most: int, shown: str) -> None:
-    assert bars(values, most) == shown
+def test_bars(values: list[float | None], shown: list[str]) -> None:
+    assert bars(values) == shown

@@ -1,6 +1,5 @@
 """From a snapshot on disk to a model that can be hooked."""
 
-import json
 import pickle
 import time
 from collections.abc import Sequence
@@ -18,7 +17,8 @@ from raymi.model.config import REACHES, values, whole
 from raymi.model.engine import Capability, Engine, Way, measure_capability
 from raymi.model.hooked import HookedModel
 from raymi.model.linear import lay_out
-from raymi.model.unused import Stored, contradictions, unused, without_scale
+from raymi.model.stored import Stored, weight_files
+from raymi.model.unused import contradictions, unused, without_scale
 
 SHORTEST_CHECK = 12
 
@@ -153,7 +153,7 @@ def _check_rest(
     model: PreTrainedModel, unexpected: set[str], path: Path, name: str, allow_unused: bool
 ) -> tuple[str, ...]:
     """The parts that are not built; BadWeights when a tensor of what is built is left over, or two stand for one."""
-    stored, base = Stored(_safetensors(path)), model.base_model_prefix
+    stored, base = Stored(weight_files(path)), model.base_model_prefix
     if clashes := [*contradictions(stored, base), *without_scale(model, stored, base)]:
         raise BadWeights(f"{name}: its weights are not one model: {_first(clashes)}")
     rest = unused(model, unexpected, stored, base)
@@ -169,16 +169,6 @@ def _check_rest(
             f"--allow-unused {name} (in Python allow_unused=True) measures the model without them."
         )
     return rest.parts
-
-
-def _safetensors(path: Path) -> list[Path]:
-    """The files that transformers has taken the weights from, where they are safetensors."""
-    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if whole.exists():
-        return [whole]
-    if not index.exists():
-        return []
-    return sorted({path / file for file in json.loads(index.read_text("utf-8"))["weight_map"].values()})
 
 
 def _first(faults: Sequence[str]) -> str:

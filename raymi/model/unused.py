@@ -6,20 +6,19 @@ decoder layer where the config says three, is a model that computes something el
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from raymi import parts
+from raymi.model.stored import INTEGERS, Stored
 
 _CONSTANTS = re.compile(
     r"(original_)?inv_freq|position_ids|token_type_ids|(cos|sin)_cached|num_batches_tracked|version"
 )
 """Buffers that older releases of transformers stored and that are made anew from the config."""
-_INTEGERS = frozenset(("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,32 +29,6 @@ class Unused:
     """Tensors that belong inside a module that was built, and decoder layers beyond the config's count."""
     parts: tuple[str, ...]
     """Whole parts that are not built: towers, prediction heads."""
-
-
-@dataclass(slots=True)
-class Stored:
-    """The tensors of some safetensors files; of pickles nothing is known."""
-
-    files: Sequence[Path]
-    places: dict[str, list[Path]] = field(default_factory=dict[str, list[Path]])
-    """Tensor -> the files that hold it."""
-
-    kinds: dict[str, str] = field(default_factory=dict[str, str])
-    """Tensor -> its dtype, as safetensors call it."""
-
-    def __post_init__(self) -> None:
-        for file in self.files:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118  # it is no mapping
-                    self.places.setdefault(name, []).append(file)
-                    self.kinds[name] = opened.get_slice(name).get_dtype()
-
-    def read(self, name: str, place: Path | None = None) -> Tensor | None:
-        """A tensor as it is stored, or None where nothing of the name is known."""
-        if name not in self.places:
-            return None
-        with safe_open(place or self.places[name][-1], framework="pt") as opened:
-            return opened.get_tensor(name)
 
 
 def unused(model: nn.Module, unexpected: Collection[str], stored: Stored, base: str) -> Unused:
@@ -102,7 +75,7 @@ def without_scale(model: nn.Module, stored: Stored, base: str) -> Iterator[str]:
     """Weights stored as integers, as quantised ones are: transformers takes them for the numbers they stand for."""
     numbers = {name for name, tensor in model.named_parameters() if tensor.is_floating_point()}
     for name, kind in sorted(stored.kinds.items()):
-        if kind in _INTEGERS and not numbers.isdisjoint((name, f"{base}.{name}", name.removeprefix(f"{base}."))):
+        if kind in INTEGERS and not numbers.isdisjoint((name, f"{base}.{name}", name.removeprefix(f"{base}."))):
             yield f"{name} is stored as integers ({kind}), whose scale is not known"
 
 

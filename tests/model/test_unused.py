@@ -177,6 +177,48 @@ def test_pickles_are_looked_at_as_well(llama: Path):
     assert load(llama, device="cpu", allow_pickle=True, allow_unused=True).not_built == ()
 
 
+def pickled(folder: Path, tensors: Mapping[str, Tensor], shards: int = 1) -> None:
+    """In place of the safetensors of a folder, the same and more as pickles."""
+    whole = stored(folder) | dict(tensors)
+    (folder / "model.safetensors").unlink()
+    if shards == 1:
+        torch.save(whole, folder / "pytorch_model.bin")
+        return
+    place = {name: f"pytorch_model-{at % shards + 1:05}-of-{shards:05}.bin" for at, name in enumerate(whole)}
+    for file in set(place.values()):
+        torch.save({name: tensor for name, tensor in whole.items() if place[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": place}))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_pickles_that_contradict_themselves_are_refused(llama: Path, shards: int):
+    """transformers would take the one or the other, without a word."""
+    name = "layers.1.mlp.up_proj.weight"
+    pickled(llama, {name: stored(llama)[f"model.{name}"] + 1}, shards)
+    with pytest.raises(BadWeights, match=r"up_proj.weight .*is stored more than once, with different values"):
+        load(llama, device="cpu", allow_pickle=True)
+
+
+def test_integers_in_pickles_are_refused(llama: Path):
+    name = "model.layers.0.mlp.up_proj.weight"
+    pickled(llama, {name: (stored(llama)[name] * 100).to(torch.int8)}, 2)
+    with pytest.raises(BadWeights, match=r"up_proj.weight is stored as integers \(I8\)"):
+        load(llama, device="cpu", allow_pickle=True)
+
+
+def test_constants_in_pickles_are_known_by_their_values(llama: Path):
+    mask = torch.ones(1, 1, 64, 64).tril()
+    constants = {"bias": mask.bool(), "masked_bias": torch.tensor(-1e4)}
+    pickled(llama, {f"model.layers.0.self_attn.{name}": tensor for name, tensor in constants.items()})
+    assert load(llama, device="cpu", allow_pickle=True).not_built == ()
+    torch.save(
+        {**torch.load(llama / "pytorch_model.bin"), "model.layers.0.self_attn.bias": torch.randn(32)},  # noqa: TID251
+        llama / "pytorch_model.bin",
+    )
+    with pytest.raises(BadWeights, match=r"self_attn\.bias"):
+        load(llama, device="cpu", allow_pickle=True)
+
+
 def in_two_files(folder: Path, second: Mapping[str, Tensor]) -> None:
     whole = stored(folder)
     (folder / "model.safetensors").unlink()

@@ -9,6 +9,7 @@ import click
 
 from raymi import outlet
 from raymi.errors import UserError
+from raymi.leaving import leave
 
 VERBS = {
     "models": "List the models in the Hugging Face cache and say which can run.",
@@ -63,8 +64,10 @@ def main() -> None:
         if lost.why:
             click.echo(f"Error: {lost.why}", err=True)
         code = lost.code
+    except SystemExit as second:  # a signal, when another had come before
+        code = second.code
     sys.stderr.flush()
-    sys.exit(code)
+    leave(code)
 
 
 def _code() -> int:

@@ -2,7 +2,8 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import FrameType, TracebackType
@@ -27,12 +28,17 @@ GRACE = {signal.SIGINT: 10.0, signal.SIGTERM: 1.5}
 """Seconds that units in hand are waited for after a first signal. `ray job stop` kills 3 s after its SIGTERM."""
 
 
+class Stopped(BaseException):
+    """A first signal, where what is going on is not worth being waited for."""
+
+
 class Interrupts:
     """Turns a first SIGINT or SIGTERM into a flag; a second exits. To be entered after Ray has set its own handlers."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, object] = {}
+        self._abandons = False
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._note) for number in GRACE}
@@ -46,6 +52,17 @@ class Interrupts:
         if self.received:
             raise SystemExit(128 + number)
         self.received = signal.Signals(number)
+        if self._abandons:
+            raise Stopped
+
+    @contextmanager
+    def abandoning(self) -> Iterator[None]:
+        """Within, a first signal raises Stopped: for what may take long and leaves nothing behind."""
+        self._abandons = True
+        try:
+            yield
+        finally:
+            self._abandons = False
 
 
 @dataclass(slots=True)
@@ -74,7 +91,7 @@ def drive(
         UserError: the store cannot be written.
         SystemExit: a second signal. What was delivered up to the first is in the store.
     """
-    record = _Record(run, agenda, display)
+    record = _Record(run, agenda, display, interrupts)
     scheduler = Scheduler(backend, clock, record.plan, agenda.guesses, agenda.units)
     record.take(Trouble(key, "plan", why, final=True) for key, why in agenda.refused.items())
     for key in agenda.units:
@@ -94,6 +111,9 @@ def drive(
             outcomes = scheduler.step(backend.poll(POLL_SECONDS))
         record.take(outcomes)
         display.update(scheduler.status())
+    except Stopped:
+        scheduler.stop()
+        record.take(scheduler.step([]))
     finally:
         scheduler.close()
     record.doubt_answers()
@@ -104,9 +124,9 @@ def drive(
 class _Record:
     """Writes what happens into the store's tables, and shows what a person wants to know."""
 
-    def __init__(self, run: Run, agenda: Agenda, display: Display) -> None:
+    def __init__(self, run: Run, agenda: Agenda, display: Display, interrupts: Interrupts) -> None:
         self.ending = Ending()
-        self._run, self._agenda, self._display = run, agenda, display
+        self._run, self._agenda, self._display, self._interrupts = run, agenda, display, interrupts
         self._texts: dict[str, set[int]] = {}
         """Token ids, by model, whose text is in the store or on its way there."""
         self._answers: dict[str, dict[str, Answer]] = {}
@@ -114,7 +134,8 @@ class _Record:
 
     def plan(self, key: str, tables: "Mapping[str, pa.Table]") -> Sequence[Unit] | Failed:
         """Keeps what a tokenizer has said and which autoencoders there are, and gives what is left to measure."""
-        left = self._agenda.plan(key, tables)
+        with self._interrupts.abandoning():
+            left = self._agenda.plan(key, tables)
         self._run.add("prompts", self._agenda.slug(key), self._agenda.kept(key, tables["prompts"]))
         self._run.add("saes", self._agenda.slug(key), tables["saes"])
         self.notice()

@@ -44,7 +44,10 @@ def command(
     """
     from raymi.report import export, tables
 
-    report = tables.report(raymi.store.open(store_uri), run, everything=everything)
+    store = raymi.store.open(store_uri)
+    for error in store.survey()[1].values():
+        click.echo(f"damaged: {error}", err=True)
+    report = tables.report(store, run, everything=everything)
     written: list[Path] = []
     if csv:
         written += export.write(report, csv, "csv")
@@ -52,6 +55,9 @@ def command(
         written += export.write(report, parquet, "parquet")
     for path in written:
         click.echo(f"wrote {path}", err=True)
+    if written or as_json:
+        for each in report.damaged:
+            click.echo(f"damaged, and left out: {each}", err=True)
     if as_json:
         click.echo(export.as_json(export.as_record(report)))
     elif not written:
@@ -102,6 +108,17 @@ def lines(report: "Report", width: int) -> Iterator[str]:
     if not report.failures.is_empty():
         yield "\nfailed:"
         yield from failures_text.lines(report.failures, width)
+    if report.damaged:
+        yield "\ndamaged, and left out:"
+        for each in report.damaged:
+            yield fill(
+                each,
+                width or 10_000,
+                initial_indent="  ",
+                subsequent_indent="    ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
 
 
 def _heading(report: "Report") -> Iterator[str]:

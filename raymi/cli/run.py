@@ -164,7 +164,12 @@ def _check_device(device: str) -> None:
 
 def _run_name(store: "Store", job: "Job", *, new: bool) -> str:
     """The newest run of the job, or with `new` the next one."""
-    taken = {manifest.run for manifest in store.runs()}
+    runs, damaged = store.survey()
+    readable = {manifest.run for manifest in runs}
+    taken = readable | damaged.keys()
+    for name, error in damaged.items():
+        if name in readable or not name.startswith(job.run_name):  # else it is an error, where it is wanted
+            click.echo(f"damaged: {error}", err=True)
     names = [job.run_name]
     while names[-1] in taken:
         names.append(f"{job.run_name}-{len(names) + 1}")

@@ -22,7 +22,10 @@ def command(store_uri: str, as_json: bool) -> None:
     from raymi.report import tables
     from raymi.report.export import as_json as to_json
 
-    runs = tables.runs(raymi.store.open(store_uri))
+    notes: list[str] = []
+    runs = tables.runs(raymi.store.open(store_uri), notes)
+    for note in notes:
+        click.echo(f"damaged: {note}", err=True)
     if as_json:
         click.echo(to_json(runs.to_dicts()))
     elif runs.is_empty():

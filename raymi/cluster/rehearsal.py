@@ -31,6 +31,8 @@ def rehearse(order: Order, store: Store) -> Iterator[tuple[str, list[Unit] | Fai
     earlier = ownership.read(store.objects, order.run)
     manifest = draft(order, earlier)
     choice = choose(order.job, order.cache, manifest.commits)
+    if earlier:
+        store.refuse_damaged(order.run)
     done = done_units(store, order.run) if earlier else set[str]()
     known = stored(store, order.run) if earlier else {}
     former = freeze_prompts(order.job, manifest, settled(known))

@@ -90,6 +90,8 @@ def sweep(order: Order, store: Store) -> Result:
         else:
             choice = choose(order.job, order.cache, commits)
         models = keys(choice)
+        if earlier:
+            store.refuse_damaged(order.run)
         done = done_units(store, order.run) if earlier else set[str]()
         planned = draft(order, earlier)
         agenda = _agenda(order, store, planned, done, models)

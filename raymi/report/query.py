@@ -8,6 +8,7 @@ import polars as pl
 from raymi.fed import fed_id
 from raymi.sae.description import MLP_INPUT, NORMALISED
 from raymi.store import schemas
+from raymi.store.damage import Damage, has_nan
 from raymi.store.manifest import Manifest
 from raymi.store.reader import Store
 
@@ -36,11 +37,13 @@ class View:
         store: where it is.
         run: it.
         everything: also count prompts that the job has no longer.
+        damage: what is wrong with its files, which is left out.
     """
 
     store: Store
     run: Manifest
     everything: bool = False
+    damage: Damage = field(default_factory=Damage)
     former: frozenset[str] = field(init=False)
     """Ids of the prompts that the job as last issued has no longer."""
 
@@ -51,8 +54,9 @@ class View:
         object.__setattr__(self, "former", former)
 
     def scan(self, table: str) -> pl.LazyFrame:
-        """All rows of a table."""
-        return self.store.scan(table, self.run.run)
+        """All rows of a table, but damaged ones."""
+        rows = self.store.scan(table, self.run.run, without=self.damage.unreadable.keys())
+        return rows.filter(~has_nan(table)) if table in self.damage.tables else rows
 
     def superseded(self) -> pl.LazyFrame:
         """The units that the plan does not name any more: model_id, revision, experiment, unit_id, why."""

@@ -1,6 +1,7 @@
 """What a run found, as tables: per model, per layer, what failed; and what runs a store holds."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 
@@ -39,6 +40,8 @@ class Report:
     """What the store holds and no mean counts, and why."""
     measured: int
     """How much was measured in all, as plans count: `query.measured`."""
+    damaged: list[str]
+    """Files that are left out, or some of their rows, why, and what to do: a line each."""
 
 
 def report(store: Store, ref: str | None = None, *, everything: bool = False) -> Report:
@@ -53,7 +56,17 @@ def report(store: Store, ref: str | None = None, *, everything: bool = False) ->
         UserError: there is no such run.
     """
     run = store.find(ref)
-    view = View(store, run, everything)
+    try:
+        return _report(View(store, run, everything, store.damage(run.run)))
+    except (OSError, pl.exceptions.PolarsError):
+        damage = store.damage(run.run, thoroughly=True)
+        if not damage.unreadable:
+            raise
+    return _report(View(store, run, everything, damage))
+
+
+def _report(view: View) -> Report:
+    store, run = view.store, view.run
     failures = open_failures(view)
     return Report(
         run=run,
@@ -67,31 +80,52 @@ def report(store: Store, ref: str | None = None, *, everything: bool = False) ->
         saes=saes(view),
         left_out=left_out(view),
         measured=query.measured(view),
+        damaged=view.damage.said(store.objects),
     )
 
 
-def runs(store: Store) -> pl.DataFrame:
+def runs(store: Store, notes: list[str] | None = None) -> pl.DataFrame:
     """One row a run, the one that was last issued at the end.
+
+    Args:
+        store: where they are.
+        notes: what is said of damaged manifests and files, which are left out, is added.
 
     Returns:
         run, status (running, stopped, failed, partial, done), models, measured (as plans count: ablations, injections,
         texts by each autoencoder that reads them), failures (open ones), started, last_write.
     """
-    records = [
-        {
-            "run": run.run,
-            "status": status(run, store.is_driven(run)),
-            "models": len({(ref.partition("@")[0], revision) for ref, revision in run.commits.items()}),
-            "measured": query.measured(View(store, run, everything=True)),
-            "failures": open_failures(View(store, run)).height,
-            "started": run.created_at,
-            "last_write": store.last_write(run.run),
-        }
-        for run in store.runs()
-    ]
+    found, damaged = store.survey()
+    said = [str(error) for error in damaged.values()]
+    records: list[dict[str, Any]] = []
+    for run in found:
+        try:
+            record = _record(View(store, run))
+        except (OSError, pl.exceptions.PolarsError):
+            damage = store.damage(run.run, thoroughly=True)
+            if not damage.unreadable:
+                raise
+            record = _record(View(store, run, damage=damage))
+            said += damage.said(store.objects)
+        records.append(record)
+    if notes is not None:
+        notes += said
     time = pl.Datetime("us", "UTC")
     kinds = {"run": pl.String(), "status": pl.String()} | dict.fromkeys(("models", "measured", "failures"), pl.Int64())
     return pl.DataFrame(records, schema={**kinds, "started": time, "last_write": time})
+
+
+def _record(view: View) -> dict[str, Any]:
+    store, run = view.store, view.run
+    return {
+        "run": run.run,
+        "status": status(run, store.is_driven(run)),
+        "models": len({(ref.partition("@")[0], revision) for ref, revision in run.commits.items()}),
+        "measured": query.measured(View(store, run, everything=True, damage=view.damage)),
+        "failures": open_failures(view).height,
+        "started": run.created_at,
+        "last_write": store.last_write(run.run),
+    }
 
 
 def status(run: Manifest, driven: bool) -> str:

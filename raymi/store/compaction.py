@@ -30,7 +30,11 @@ def compact(run: "Run") -> None:
     keys = set(live)
     for batch in _batches(sorted(live.values())):
         table, model_slug = layout.group_of(batch[0])
-        merged = run.write(table, model_slug, pa.concat_tables([_read(run, table, key) for key in batch]))
+        try:
+            rows = pa.concat_tables([_read(run, table, key) for key in batch])
+        except (OSError, pa.ArrowException):  # a file is spoilt: the report says so, and they stay as they are
+            continue
+        merged = run.write(table, model_slug, rows)
         keys = (keys - set(batch)) | {merged}
         _list_live(run, keys)
         run.check()  # a driver that takes the run from here on reads the list just written

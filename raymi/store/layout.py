@@ -67,6 +67,11 @@ def rows(table: str, run: str, model_slug: str, number: int, sequence: int) -> s
     return f"{partition(table, run)}/model={model_slug}/e{number:04}-{sequence:06}-{secrets.token_hex(4)}.parquet"
 
 
+def is_epoch(key: str) -> bool:
+    """Whether a file is named as a driver names its epoch."""
+    return re.fullmatch(r"e\d+\.json", key.rpartition("/")[2]) is not None
+
+
 def epoch_of(key: str) -> int:
     """The epoch that the name of a file of rows, or of an epoch itself, carries."""
     found = _EPOCH.match(key.rpartition("/")[2])

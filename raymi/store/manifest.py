@@ -121,11 +121,16 @@ class Manifest(BaseModel):
         return scrub(self.model_dump_json(indent=1)).encode()
 
 
+class NoManifest(UserError):
+    """What stands where a manifest should is none."""
+
+
 def parse(data: bytes, where: str) -> Manifest:
     """The manifest in `data`.
 
     Raises:
-        UserError: a newer raymi wrote it, or it is no manifest.
+        NoManifest: it is none.
+        UserError: a newer raymi wrote it.
     """
     try:
         version = _Version.model_validate_json(data)
@@ -134,7 +139,10 @@ def parse(data: bytes, where: str) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise UserError(f"{where} is not a manifest: {field}: {first['msg']}") from error
+        raise NoManifest(
+            f"{where} is not a manifest: {field}: {first['msg']}",
+            hint="Put back a good copy of it, or move the folder of this run out of `runs`.",
+        ) from error
     wrote = version.versions.get("raymi", "a newer version")
     raise UserError(
         f"{where} has schema {version.schema_version}; this raymi ({raymi_version()}) reads up to {SCHEMA_VERSION}",

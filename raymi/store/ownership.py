@@ -15,7 +15,7 @@ from typing import Any
 
 from raymi.errors import UserError
 from raymi.store import layout
-from raymi.store.manifest import Driver, Issue, Manifest, parse
+from raymi.store.manifest import Driver, Issue, Manifest, NoManifest, parse
 from raymi.store.objects import Entry, Objects
 from raymi.store.schemas import SCHEMAS
 
@@ -27,11 +27,31 @@ class RunLost(UserError):
     """Another driver has taken the run."""
 
 
-def read(objects: Objects, run: str) -> Manifest | None:
-    """The newest word on a run, or None when there is no such run."""
-    newest = max((layout.epoch_of(entry.key) for entry in objects.entries(layout.epochs(run))), default=0)
+def read(objects: Objects, run: str, notes: list[str] | None = None) -> Manifest | None:
+    """The newest word on a run, or None when there is no such run.
+
+    Args:
+        objects: the store.
+        run: its name.
+        notes: what is said of a damaged `manifest.json` is added; its driver's own copy is taken for it.
+
+    Raises:
+        UserError: it was written by a newer raymi, or no copy of it is left.
+    """
+    listed = objects.entries(layout.epochs(run))
+    newest = max((layout.epoch_of(entry.key) for entry in listed if layout.is_epoch(entry.key)), default=0)
     key = layout.manifest(run)
-    manifest = parse(data, f"{objects}/{key}") if (data := objects.get(key)) else None
+    try:
+        manifest = parse(data, f"{objects}/{key}") if (data := objects.get(key)) else None
+    except NoManifest as error:
+        try:
+            manifest = read_epoch(objects, run, newest)
+        except UserError:
+            manifest = None
+        if manifest is None:
+            raise
+        if notes is not None:
+            notes.append(f"{error.what}. The copy in {objects}/{layout.epoch(run, newest)} is used.")
     if newest and (manifest is None or manifest.epoch < newest):
         return read_epoch(objects, run, newest)
     return manifest

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from typing import Any
@@ -11,6 +11,7 @@ import polars as pl
 
 from raymi.errors import UserError
 from raymi.store import layout, ownership
+from raymi.store.damage import Damage, look, refuse
 from raymi.store.manifest import Issue, Manifest
 from raymi.store.objects import Entry, Objects
 from raymi.store.scan import scan
@@ -29,22 +30,41 @@ class Store:
         return str(self.objects)
 
     def runs(self) -> list[Manifest]:
-        """Every run, the one that was last issued at the end.
+        """Every run whose manifest can be read, the one that was last issued at the end."""
+        return self.survey()[0]
 
-        Raises:
-            UserError: one was written by a newer raymi.
+    def survey(self) -> tuple[list[Manifest], dict[str, UserError]]:
+        """Every run whose manifest can be read, the one that was last issued at the end; and by name, why manifests of
+        others cannot be, or had to be had from a copy.
         """
-        names = {entry.key.split("/")[1] for entry in self.objects.entries("runs")}
-        found = [manifest for name in sorted(names) if (manifest := ownership.read(self.objects, name))]
-        return sorted(found, key=lambda manifest: manifest.driver.started_at)
+        names = {parts[1] for entry in self.objects.entries("runs") if len(parts := entry.key.split("/")) > 2}
+        found: list[Manifest] = []
+        damaged: dict[str, UserError] = {}
+        for name in sorted(names):
+            notes: list[str] = []
+            try:
+                if manifest := ownership.read(self.objects, name, notes):
+                    found.append(manifest)
+            except UserError as error:
+                damaged[name] = error
+            if notes:
+                damaged[name] = UserError(notes[0])
+        return sorted(found, key=lambda manifest: manifest.driver.started_at), damaged
 
     def find(self, ref: str | None = None) -> Manifest:
         """The run of that name, or the only one whose name begins so; None: the one that was last issued.
 
         Raises:
-            UserError: there is none, or more than one.
+            UserError: there is none, or more than one, or its manifest cannot be read.
         """
-        runs = {manifest.run: manifest for manifest in self.runs()}
+        readable, damaged = self.survey()
+        runs = {manifest.run: manifest for manifest in readable}
+        lost = {name: error for name, error in damaged.items() if name not in runs}
+        meant = [name for name in lost if ref is None or name.startswith(ref)]
+        if meant and not (runs if ref is None else [name for name in runs if name.startswith(ref)]):
+            raise lost[meant[0]]
+        if ref in lost:
+            raise lost[ref]
         if not runs:
             raise UserError(
                 f"there are no runs in the store {self}", hint="`raymi run JOB.yaml` makes one; --store names another."
@@ -68,14 +88,35 @@ class Store:
         moments = [entry.modified for entry in ownership.present_files(self.objects, run)]
         return datetime.fromtimestamp(max(moments), UTC) if moments else None
 
-    def scan(self, table: str, run: str | None = None) -> pl.LazyFrame:
+    def scan(self, table: str, run: str | None = None, *, without: Collection[str] = ()) -> pl.LazyFrame:
         """A table, of one run or of all, as it stands now; a run may be going on.
+
+        Args:
+            table: its name.
+            run: name of the run.
+            without: keys of files that are left out (`damage`).
 
         Returns:
             The columns of the table's schema, always all of them, and `run` and `model` (the slug), both strings.
+
+        Raises:
+            UserError: a manifest cannot be read.
         """
-        entries = self._live_files(run)
-        return scan(self.objects, table, (entry.key for entry in entries if layout.group_of(entry.key)[0] == table))
+        keys = (entry.key for entry in self._live_files(run) if layout.group_of(entry.key)[0] == table)
+        return scan(self.objects, table, [key for key in keys if key not in without])
+
+    def damage(self, run: str, *, thoroughly: bool = False) -> Damage:
+        """What is wrong with a run's files of rows.
+
+        Args:
+            run: its name.
+            thoroughly: read all of every file, and not only what it says of itself and the numbers.
+        """
+        return look(self.objects, [entry.key for entry in self._live_files(run)], thoroughly=thoroughly)
+
+    def refuse_damaged(self, run: str) -> None:
+        """Raises UserError, naming each, when files of rows of a run cannot be read."""
+        refuse(self.objects, [entry.key for entry in self._live_files(run)])
 
     def take(
         self,
@@ -103,6 +144,11 @@ class Store:
         return Run(self.objects, ownership.take(self.objects, run, issue, cut_rule or {}, seconds))
 
     def _live_files(self, run: str | None) -> list[Entry]:
-        names = [run] if run else [manifest.run for manifest in self.runs()]
+        names = [run] if run else []
+        if not run:
+            runs, damaged = self.survey()
+            names = [manifest.run for manifest in runs]
+            for name in damaged.keys() - set(names):  # without a word it would be missing from all numbers
+                raise damaged[name]
         snapshots = (ownership.snapshot(self.objects, name) for name in names)
         return [entry for snapshot in snapshots if snapshot for entry in snapshot[1]]

@@ -8,11 +8,12 @@ from raymi.store.objects import Objects
 from raymi.store.schemas import SCHEMAS
 
 
-def scan(objects: Objects, table: str, keys: Iterable[str]) -> pl.LazyFrame:
+def scan(objects: Objects, table: str, keys: Iterable[str], *, path: bool = False) -> pl.LazyFrame:
     """Rows of the given files, which may have been written before a column was added, or after.
 
     Returns:
-        The columns of the table's schema, always all of them, and `run` and `model` (the slug), both strings.
+        The columns of the table's schema, always all of them, and `run` and `model` (the slug), both strings; and, if
+        asked for, `path`, the file.
     """
     schema = dict(pl.Schema(SCHEMAS[table]))
     files = [objects.uri(key) for key in keys]
@@ -28,9 +29,10 @@ def scan(objects: Objects, table: str, keys: Iterable[str]) -> pl.LazyFrame:
         extra_columns="ignore",
         include_file_paths="path",
     )
-    path = pl.col("path").str.replace_all("\\", "/", literal=True)
+    place = pl.col("path").str.replace_all("\\", "/", literal=True)
     return frame.select(
         *schema,
-        path.str.extract(r"/run=([^/]+)/model=[^/]+/[^/]+$").alias("run"),
-        path.str.extract(r"/model=([^/]+)/[^/]+$").alias("model"),
+        place.str.extract(r"/run=([^/]+)/model=[^/]+/[^/]+$").alias("run"),
+        place.str.extract(r"/model=([^/]+)/[^/]+$").alias("model"),
+        *(["path"] if path else []),
     )

@@ -1,7 +1,7 @@
 """`raymi` with something slow in it, for the tests of signals: `python slow.py PHASE SECONDS -- run job.yaml ...`.
 
-PHASE is where so much time is spent (`PLACES`); in `stuck`, weights are read by code that hears of no signal. When it is
-there, it says `in PHASE` on standard error.
+PHASE is where so much time is spent (`PLACES`); in `stuck`, weights are read by code that hears of no signal. Once it
+is there, it says `in PHASE` on standard error.
 """
 
 import ctypes

@@ -100,7 +100,7 @@ def test_rows_that_stand_twice_for_an_instant_count_once(store: Store, monkeypat
         run.flush()
         once = store.scan
         monkeypatch.setattr(
-            store, "scan", lambda table, run: pl.concat([once(table, run)] * (2 if table == "ablations" else 1))
+            store, "scan", lambda *asked, **more: pl.concat([once(*asked, **more)] * (1 + (asked[0] == "ablations")))
         )
         row = only(tables.report(store).models)
     assert (row["ablations"], row["mean_kl"]) == (2, 2.0)
@@ -212,8 +212,8 @@ def test_files_that_were_merged_meanwhile_are_looked_up_again(store: Store, monk
     scan = store.scan
     left = iter([run])
 
-    def merged_after_planning(table: str, name: str) -> pl.LazyFrame:
-        frame = scan(table, name)
+    def merged_after_planning(table: str, name: str, **more: Any) -> pl.LazyFrame:
+        frame = scan(table, name, **more)
         if table == "ablations" and (late := next(left, None)):
             late.close("done")
         return frame

@@ -134,7 +134,7 @@ def test_a_run_name_must_be_one_plain_folder(store: Store, name: str) -> None:
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "epochs/e0001.json"])
-@pytest.mark.parametrize("action", ["take", "runs", "scan"])
+@pytest.mark.parametrize("action", ["take", "find", "scan"])
 def test_a_newer_schema_is_refused_and_names_the_raymi_it_needs(store: Store, file: str, action: str) -> None:
     take(store).close("done")
     folder = Path(str(store)) / "runs" / "heads-1a2b3c4d"
@@ -144,21 +144,47 @@ def test_a_newer_schema_is_refused_and_names_the_raymi_it_needs(store: Store, fi
     if file != "manifest.json":
         (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match="has schema 99") as error:
-        {"take": lambda: take(store), "runs": store.runs, "scan": lambda: store.scan("ablations")}[action]()
+        {"take": lambda: take(store), "find": store.find, "scan": lambda: store.scan("ablations")}[action]()
     assert "raymi 9.1.0" in (error.value.hint or "")
     assert json.loads(path.read_text()) == newer
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"schema_version": 1}', "[]"])
-def test_a_damaged_manifest_is_named(store: Store, text: str) -> None:
+@pytest.mark.parametrize("text", ["{", '{"schema_version": 1}', "[]", "\udcff"])
+def test_a_damaged_manifest_is_named_and_a_copy_taken(store: Store, text: str) -> None:
     take(store).close("done")
-    path = Path(str(store)) / "runs" / "heads-1a2b3c4d" / "manifest.json"
-    path.write_text(text)
-    if not text:
-        assert store.find().epoch == 1  # an empty file is none: the driver's own word is there
-        return
+    folder = Path(str(store)) / "runs" / "heads-1a2b3c4d"
+    (folder / "manifest.json").write_text(text, "utf-8", "surrogateescape")
+    runs, damaged = store.survey()
+    assert [run.status for run in runs] == ["done"]
+    assert "manifest.json is not a manifest" in str(damaged["heads-1a2b3c4d"])
+    assert "e0001.json is used" in str(damaged["heads-1a2b3c4d"])
+    take(store).close("done")
+    assert store.survey()[1] == {}, "whoever takes the run writes it anew"
+
+
+@pytest.mark.parametrize("text", ["{", '{"schema_version": 1}', "[]"])
+def test_a_manifest_without_a_copy_loses_no_other_run(store: Store, text: str) -> None:
+    for name in NAMES:
+        take(store, name).close("done")
+    for file in (Path(str(store)) / "runs" / NAMES[0]).rglob("*.json"):
+        file.write_text(text)
+    runs, damaged = store.survey()
+    assert [run.run for run in runs] == [run.run for run in store.runs()] == list(NAMES[1:])
+    assert damaged.keys() == {NAMES[0]}
+    assert store.find().run == NAMES[2]
+    assert store.find(NAMES[1]).run == NAMES[1]
+    with pytest.raises(UserError, match=r"manifest\.json is not a manifest") as error:
+        store.find(NAMES[0])
+    assert "Put back a good copy" in (error.value.hint or "")
     with pytest.raises(UserError, match=r"manifest\.json is not a manifest"):
-        store.runs()
+        store.scan("ablations")  # of all runs, one of which would be missing
+
+
+def test_an_empty_manifest_is_none(store: Store) -> None:
+    take(store).close("done")
+    (Path(str(store)) / "runs" / "heads-1a2b3c4d" / "manifest.json").write_text("")
+    assert store.find().epoch == 1  # the driver's own word is there
+    assert store.survey()[1] == {}
 
 
 def test_the_manifest_says_what_a_run_needs_to_be_made_again(store: Store) -> None:

@@ -21,7 +21,7 @@ from raymi.model.proof import CAP, Precision, Truth, first_wrong, is_half, preci
 from raymi.model.routing import routing
 from raymi.model.sites import NoSuchPlace, hidden_input
 from raymi.model.sizes import KEPT_BYTES, kept_bytes, pays_together, prompts_kept, rows_per_batch
-from raymi.model.truth import NoTruth
+from raymi.model.truth import NoTruth, in_float32
 
 
 class OutOfMemory(RuntimeError):
@@ -267,11 +267,12 @@ def measure_capability(model: HookedModel, n_tokens: int) -> Capability:
             [_by_own_attention(model, ids_PT, [cell]) for cell in cells]
         )
     largest, half = float(own_AV.abs().max()), is_half(model)
-    if not company <= largest * (0.3 if half else 1e-3):
-        raise WrongNumbers(f"{model.name}: the rows of a batch change each other's logits, by {company:.2e}")
     noise = max(company, rounding)
     tolerance = min(CAP * largest, max(20 * company, 5 * rounding, largest * (4e-2 if half else 2e-5)))
     judge, no_proof = _judge(model, ids_PT, cells, rows) if half else (None, "")
+    mixed, most = (judge.company, 1e-3) if judge else (company, 0.3 if half else 1e-3)
+    if not mixed <= largest * most:
+        raise WrongNumbers(f"{model.name}: the rows of a batch change each other's logits, by {mixed:.2e}")
     judge = judge or _Near(full_AV, tolerance)
     disagreement = float((full_AV - own_AV).abs().max())
     _, jumped, wrong = judge((own_AV if isinstance(judge, _Near) else full_AV, clean_AV), "full", len(cells))
@@ -311,7 +312,9 @@ def _judge(model: HookedModel, ids_PT: Tensor, cells: Sequence[Cell], rows: int)
     """What ways are judged by in half precision, or why there is nothing."""
     try:
         # Few rows at a time: edited masks are as large as scores, and these are in float32.
-        return _Beside(model, ids_PT, cells, truths(model, ids_PT, cells, rows=max(1, rows // 8))), ""
+        found = truths(model, ids_PT, cells, rows=max(1, rows // 8))
+        with in_float32(model):  # where rounding cannot hide what rows do to each other
+            return _Beside(model, ids_PT, cells, found, _company(model, ids_PT, 2)), ""
     except NoTruth as error:
         why = str(error)
     except Exception as error:  # a family's own code, run in a way that it was not written for, may fail in any way
@@ -435,8 +438,10 @@ class _Near:
 class _Beside:
     """In half precision: what is right has effects that are not much farther from float32's than the family's own."""
 
-    def __init__(self, model: HookedModel, ids_PT: Tensor, cells: Sequence[Cell], found: list[Truth]) -> None:
-        self.model, self.ids_PT, self.cells, self.found = model, ids_PT, cells, found
+    def __init__(
+        self, model: HookedModel, ids_PT: Tensor, cells: Sequence[Cell], found: list[Truth], company: float
+    ) -> None:
+        self.model, self.ids_PT, self.cells, self.found, self.company = model, ids_PT, cells, found, company
         self.typical = precision(found)
         self.tolerance, self.routes = self.typical.tolerance, self.typical.routes
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from raymi.model import engine
 from raymi.model.cone import Cone
-from raymi.model.engine import Engine, measure_capability
+from raymi.model.engine import Engine, WrongNumbers, measure_capability
 from raymi.model.hooked import Cell, HookedModel
 from raymi.model.interventions import Mask
 from raymi.model.proof import CAP, Truth, precision, truths
@@ -171,3 +171,18 @@ def test_without_a_truth_there_is_no_proof(why: str, monkeypatch: pytest.MonkeyP
     found = measure_capability(model, PROMPT)
     assert (found.way, found.precision) == ("full", None)
     assert "no proof in half precision: " in found.why
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_that_change_each_other_are_found_below_the_noise(family: str, dtype: torch.dtype, share: float):
+    """By less than rounding does, so that half precision alone does not show it."""
+
+    def mix(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return (args[0] + share * args[0].mean(0, keepdim=True), *args[1:]), kwargs
+
+    model = build(family).to(dtype)
+    model.get_submodule("model.layers.2").register_forward_pre_hook(mix, with_kwargs=True)
+    with pytest.raises(WrongNumbers, match="the rows of a batch change each other's logits"):
+        measure_capability(HookedModel(model, family), PROMPT)

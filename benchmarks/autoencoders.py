@@ -25,13 +25,13 @@ from benchmarks.report import append_tables, print_tables, setting
 from benchmarks.results import Aim
 from demo.models import DEMO_SAE, cache_directory
 from raymi import catalog
+from raymi.experiments.autoencoders.refs import SaeRef
 from raymi.experiments.sae.run import run
-from raymi.experiments.sae.spec import SaeRef
 from raymi.job import Job
 from raymi.model import memory
 from raymi.model.engine import Engine, measure_capability
 from raymi.model.hooked import HookedModel
-from raymi.plan import units
+from raymi.plan.units import units
 from raymi.prompts import Prompt, TokenizedPrompt
 from raymi.sae import SAE, Description, load
 from raymi.sae.formats.base import straight

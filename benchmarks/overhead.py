@@ -23,12 +23,13 @@ from raymi.cluster.frozen import Cache
 from raymi.cluster.sweep import Order, sweep
 from raymi.experiments.effects import answers, effects
 from raymi.experiments.knockout.run import masks
+from raymi.experiments.unit import Unit
 from raymi.job import Job, make_job
 from raymi.model.engine import Engine
 from raymi.model.hooked import Cell
 from raymi.model.loading import load
 from raymi.model.metrics import Comparison
-from raymi.plan import Unit, units
+from raymi.plan.units import units
 from raymi.prompts import TokenizedPrompt, tokenize
 from raymi.tokenizer import load_tokenizer
 

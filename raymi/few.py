@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 
 from raymi.errors import UserError
-from raymi.experiments.sae.spec import SaeSpec
-from raymi.job import Job, Spec
+from raymi.job import Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +36,7 @@ class Few:
         n = self.limit if self.sample is None else self.sample
         if n is None:
             return job, []
-        kept = [spec for spec in job.experiments if not _on_corpus(spec)]
+        kept = [spec for spec in job.experiments if spec.texts is None]
         if not kept:
             raise UserError(
                 f"{self.option} takes prompts, and every experiment of this job is on a corpus",
@@ -59,9 +58,7 @@ class Few:
         vars(few)["corpora"] = job.corpora  # the run may have their chunks, which must not be taken for prompts
         said = [f"{self.option}: {len(prompts):,} of {len(job.prompts):,} prompts"]
         said += [f"none of them is for experiment {name!r}" for name in idle]
-        said += [f"experiment {spec.name!r}, on a corpus, is left out" for spec in job.experiments if _on_corpus(spec)]
+        said += [
+            f"experiment {spec.name!r}, on a corpus, is left out" for spec in job.experiments if spec.texts is not None
+        ]
         return few, said
-
-
-def _on_corpus(spec: Spec) -> bool:
-    return isinstance(spec, SaeSpec) and spec.corpus is not None

@@ -9,14 +9,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, ValidationInfo, model_validator
 from pydantic_core import ErrorDetails
 
 from raymi.corpus import Corpus
 from raymi.errors import UserError, quoted
-from raymi.experiments.axes import Axis, Position, pieces_of
-from raymi.experiments.knockout.spec import KnockoutSpec
-from raymi.experiments.sae.spec import SaeSpec
+from raymi.experiments.autoencoders.refs import WithSaes
+from raymi.experiments.axes import pieces_of
+from raymi.experiments.kind import Spec
+from raymi.experiments.kinds import kinds, unusable
 from raymi.fed import Fed, plain_id
 from raymi.fields import NOTHING, Fields, Names, NotEmpty, all_said, found, missing, near, problem, say
 from raymi.prompts import Bos, Prompt
@@ -62,21 +63,20 @@ class Models(Fields):
         return {"include": cast(object, data)} if isinstance(data, str | list | tuple) else data
 
 
-Spec = KnockoutSpec | SaeSpec
-_KINDS: Mapping[str, type[Spec]] = {"knockout": KnockoutSpec, "sae": SaeSpec}
-
-
 def _experiment(value: object, info: ValidationInfo) -> Any:
     """An experiment of the kind that it says. The error of a union would say what is wrong for each of the kinds."""
-    if not isinstance(value, Mapping):
+    if isinstance(value, Spec) or not isinstance(value, Mapping):
         return value
     kind = cast(Mapping[str, object], value).get("kind", _MISSING)
     if kind is _MISSING:
         raise missing("kind", found=value)
-    spec = _KINDS.get(kind) if isinstance(kind, str) else None
-    if spec is None:
-        raise problem(f"{found(kind)}; allowed: {', '.join(_KINDS)}{near(kind, _KINDS)}", "kind", found=kind)
-    return spec.model_validate(value, context=info.context)
+    known = kinds()
+    if isinstance(kind, str) and kind in known:
+        return known[kind].spec.model_validate(value, context=info.context)
+    for each in unusable():
+        if each.name == kind:
+            raise problem(f"{found(kind)}, which cannot be used: {each.why}", "kind", found=kind)
+    raise problem(f"{found(kind)}; allowed: {', '.join(known)}{near(kind, known)}", "kind", found=kind)
 
 
 _MISSING = object()
@@ -94,7 +94,7 @@ class Job(Fields):
     """There may be none where every experiment has a corpus."""
     bos: Bos = "auto"
     chat_template: bool = Field(default=False, strict=True)
-    experiments: Annotated[tuple[Annotated[Spec, BeforeValidator(_experiment)], ...], NotEmpty]
+    experiments: Annotated[tuple[Annotated[SerializeAsAny[Spec], BeforeValidator(_experiment)], ...], NotEmpty]
     top_k: int = Field(default=10, strict=True, ge=0)
     """How many of the most changed tokens a row holds."""
     seed: int = Field(default=0, strict=True)
@@ -119,7 +119,7 @@ class Job(Fields):
                 raise problem(
                     f"found {spec.name!r} again; every experiment has a name of its own", "experiments", index
                 )
-            if _corpus(spec) is None:
+            if spec.texts is None:
                 self._has_what_it_measures(spec, index)
         for index, prompt in enumerate(self.prompts):
             if any(corpus.holds(prompt.id) for corpus in self.corpora):
@@ -135,7 +135,7 @@ class Job(Fields):
             if not matching(ids, pattern):
                 message = f"found {quoted(pattern)}, which matches the id of no prompt{near(pattern, ids)}"
                 raise problem(message, "experiments", index, "prompts", at)
-        for field, axis in _positions(spec):
+        for field, axis in spec.axes.items():
             for piece in pieces_of(axis):
                 for prompt in self.prompts:
                     if spec.chooses(prompt.id) and prompt.piece(piece) is None:
@@ -157,13 +157,13 @@ class Job(Fields):
     @cached_property
     def corpora(self) -> tuple[Corpus, ...]:
         """The corpora of its experiments, each once."""
-        corpora = [corpus for spec in self.experiments if (corpus := _corpus(spec))]
+        corpora = [corpus for spec in self.experiments if (corpus := spec.texts)]
         return tuple({(corpus.id, corpus.chunks): corpus for corpus in corpora}.values())
 
     @property
-    def sae_experiments(self) -> tuple[SaeSpec, ...]:
+    def sae_experiments(self) -> tuple[WithSaes, ...]:
         """Those that need autoencoders."""
-        return tuple(spec for spec in self.experiments if isinstance(spec, SaeSpec))
+        return tuple(spec for spec in self.experiments if isinstance(spec, WithSaes))
 
     def chooses(self, spec: Spec, prompt_id: str, bos: Fed | None = None) -> bool:
         """Whether an experiment measures a text: a prompt of the job, or a chunk of its own corpus.
@@ -171,7 +171,7 @@ class Job(Fields):
         Args:
             spec: the experiment.
             prompt_id: of the text; that of one with another beginning says so (`fed.fed_id`).
-            bos: how its texts begin where that is not as the tokenizer has it (`experiments.sae.spec.fed_as`).
+            bos: how its texts begin where that is not as the tokenizer has it (`experiments.autoencoders.refs.fed_as`).
         """
         name, begins = plain_id(prompt_id)
         if begins != bos:
@@ -179,18 +179,7 @@ class Job(Fields):
         prompt_id = name
         if not spec.chooses(prompt_id):
             return False
-        return _corpus(spec) is not None or not any(corpus.holds(prompt_id) for corpus in self.corpora)
-
-
-def _corpus(spec: Spec) -> Corpus | None:
-    return spec.corpus if isinstance(spec, SaeSpec) else None
-
-
-def _positions(spec: Spec) -> list[tuple[str, Axis[Position]]]:
-    """The axes along which an experiment names positions, by field."""
-    if isinstance(spec, SaeSpec):
-        return [("positions", spec.positions)]
-    return [("queries", spec.queries), ("keys", spec.keys)]
+        return spec.texts is not None or not any(corpus.holds(prompt_id) for corpus in self.corpora)
 
 
 def load_job(path: Path, sets: Sequence[str] = (), notes: list[str] | None = None) -> Job:

@@ -31,7 +31,7 @@ from raymi.model.interventions import Intervention
 from raymi.model.loading import DTYPES, Loaded, check_length
 from raymi.model.loading import load as load_weights
 from raymi.model.metrics import Comparison, Effects
-from raymi.plan import units
+from raymi.plan.units import units
 from raymi.prompts import Bos, Prompt, TokenizedPrompt, tokenize
 from raymi.tokenizer import load_tokenizer, token_texts
 from raymi.vocabulary import check_loaded

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raymi import snapshot
-from raymi.experiments.knockout.spec import Ablation
-from raymi.plan import Unit
+from raymi.experiments.unit import Unit
 
 _EVERY_LAYER = ("mistral", "mixtral", "phi3", "starcoder2")
 """Families that have their window in every layer, where their config states one."""
@@ -77,21 +76,21 @@ def closed(path: Path, n_layers: int, units: Iterable[Unit], lengths: Mapping[st
     for unit in units:
         for _, work in unit.items:
             for one in work:
-                if not isinstance(one, Ablation):
+                layers, edges = place = one.cut_edges()
+                if not edges:
                     continue
                 total[unit.experiment] += 1
-                place = one.layers, one.edges
                 if place not in known:
-                    known[place] = _n_closed(one, found)
+                    known[place] = _n_closed(layers, edges, found)
                 n_closed = known[place]
-                nothing[unit.experiment] += n_closed == len(one.layers) * len(one.edges)
-                part[unit.experiment] += 0 < n_closed < len(one.layers) * len(one.edges)
+                nothing[unit.experiment] += n_closed == len(layers) * len(edges)
+                part[unit.experiment] += 0 < n_closed < len(layers) * len(edges)
     return [_said(name, total[name], nothing[name], part[name]) for name in total if nothing[name] or part[name]]
 
 
-def _n_closed(ablation: Ablation, found: Sequence[Reach | None]) -> int:
-    here = [each for layer in ablation.layers if (each := found[layer]) is not None]
-    return sum(each.closes(query, key) for each in here for query, key in ablation.edges)
+def _n_closed(layers: Sequence[int], edges: Sequence[tuple[int, int]], found: Sequence[Reach | None]) -> int:
+    here = [each for layer in layers if (each := found[layer]) is not None]
+    return sum(each.closes(query, key) for each in here for query, key in edges)
 
 
 def _said(experiment: str, total: int, nothing: int, part: int) -> str:

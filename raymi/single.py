@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from raymi.catalog import CachedModel
 from raymi.experiments.knockout.spec import Ablation
+from raymi.experiments.unit import Unit
 from raymi.job import Job
-from raymi.plan import Unit, units
+from raymi.plan.units import units
 from raymi.prompts import Prompt, TokenizedPrompt, tokenize
 from raymi.store.manifest import hardware, versions
 from raymi.tokenizer import load_tokenizer, token_texts

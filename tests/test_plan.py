@@ -11,26 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raymi.catalog import CachedModel
-from raymi.drawing import drawn
 from raymi.errors import UserError
+from raymi.experiments.autoencoders.refs import SaeRef
+from raymi.experiments.costs import Cost, full_forward_flops
 from raymi.experiments.knockout.spec import Ablation, KnockoutSpec, ablation_id, ablations
-from raymi.experiments.sae.spec import TABLES, Injection, SaeRef
+from raymi.experiments.sae.spec import TABLES, Injection
+from raymi.experiments.unit import Unit
 from raymi.job import Job, load_job, make_job
-from raymi.plan import (
-    COMPANY_FORWARDS,
-    EFFICIENCY,
-    Cost,
-    CutRule,
-    Rates,
-    Rejected,
-    Unit,
-    company,
-    confirm,
-    estimate,
-    full_forward_flops,
-    selected,
-    units,
-)
+from raymi.plan.estimate import EFFICIENCY, Rates, estimate
+from raymi.plan.selection import Rejected, selected
+from raymi.plan.units import CutRule, units
+from raymi.plan.verification import COMPANY_FORWARDS, company, drawn
 from raymi.prompts import Prompt, TokenizedPrompt, tokenize
 from tests.tiny_tokenizers import words
 
@@ -212,7 +203,7 @@ def test_units_hold_everything_once(sizes: list[int], most: int, budget: int) ->
     for unit in cut:
         [n_tokens] = {length[id] for id, _ in unit.items}
         cost = Cost.of(small, n_tokens)
-        measured = sum(cost.cone(a) for _, part in unit.items for a in part)
+        measured = sum(cost.restarted(*a.starts_at()) for _, part in unit.items for a in part)
         assert unit.n_ablations <= most
         assert unit.n_ablations == 1 or measured <= budget
         assert unit.flops == measured + len(unit.items) * full_forward_flops(small, n_tokens)
@@ -354,11 +345,15 @@ def test_flops_of_a_full_forward() -> None:
 
 def test_flops_of_a_cone() -> None:
     cost = Cost.of(model(), 100)
-    everything = cost.cone(Ablation((0,), None, ((0, 0),)))
+
+    def cone(ablation: Ablation) -> int:
+        return cost.restarted(*ablation.starts_at())
+
+    everything = cone(Ablation((0,), None, ((0, 0),)))
     assert everything == cost.full
     head = 2 * 49_152 * 576
-    assert cost.cone(Ablation((15, 20), (3,), ((99, 0),))) - head == (everything - head) // 2 // 100
-    assert cost.cone(Ablation((0,), None, ((50, 3), (99, 0)))) - head == (everything - head) // 2
+    assert cone(Ablation((15, 20), (3,), ((99, 0),))) - head == (everything - head) // 2 // 100
+    assert cone(Ablation((0,), None, ((50, 3), (99, 0)))) - head == (everything - head) // 2
 
 
 RATES = Rates(
@@ -414,7 +409,7 @@ def test_what_is_verified_is_measured_in_the_company_of_its_unit() -> None:
     assert its[40] in {p.prompt.id: part for p, part in found}["b"]
     cost = Cost.of(shape, 5)
     assert 8 < sum(len(part) for _, part in found) <= 512
-    assert sum(cost.cone(each) for _, part in found for each in part) <= 2 * cost.full
+    assert sum(cost.restarted(*each.starts_at()) for _, part in found for each in part) <= 2 * cost.full
     assert "longer" not in [p.prompt.id for p, _ in found]
     # Others of its length make up for a prompt that has but few.
     few = job({"layers": 3})
@@ -599,10 +594,15 @@ def test_units_of_models_that_have_it_everywhere_are_called_what_they_were() -> 
 
 def test_a_plan_is_confirmed_for_each_experiment_on_attention() -> None:
     asked = job({"layers": 2, "name": "two"}, {"layers": "all", "name": "all"})
-    confirm(asked, model(attention_layers=(2, 5)), [2, 5])
+
+    def confirm(model: CachedModel, found: list[int]) -> None:
+        for spec in asked.experiments:
+            spec.confirm(model, found, None)
+
+    confirm(model(attention_layers=(2, 5)), [2, 5])
     with pytest.raises(
         UserError, match=r"experiment 'all': layers: config\.json was understood to say that all layers"
     ):
-        confirm(asked, model(), [2, 5])
+        confirm(model(), [2, 5])
     with pytest.raises(UserError, match="experiment 'two': layers: 2 has no attention to cut; layers 5 have"):
-        confirm(asked, model(), [5])
+        confirm(model(), [5])

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 
 from raymi.experiments.knockout.spec import Ablation
+from raymi.experiments.unit import Unit
 from raymi.model.hooked import HookedModel
 from raymi.model.interventions import Mask
-from raymi.plan import Unit
 from raymi.reach import Reach, closed, reaches
 from tests.conformance.configs import build
 from tests.families import prompt

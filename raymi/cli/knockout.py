@@ -22,7 +22,7 @@ from raymi.errors import UserError
 
 if TYPE_CHECKING:
     from raymi.job import Job
-    from raymi.plan import Rejected
+    from raymi.plan.selection import Rejected
     from raymi.single import Record
 
 PROMPT, ANSWER = "The capital of France is", " Paris"
@@ -119,7 +119,7 @@ def _ids(references: Sequence[str]) -> frozenset[str]:
 def _selected(
     job: "Job", cache_dir: Path | None, allowed: Mapping[str, Collection[str]]
 ) -> "tuple[list[CachedModel], list[Rejected]]":
-    from raymi.plan import selected
+    from raymi.plan.selection import selected
 
     def find(ref: str) -> CachedModel:
         id = ref.partition("@")[0]

@@ -15,12 +15,14 @@ from raymi.cluster.superseded import StoredUnit, notices, stored_units
 from raymi.cluster.tokenised import from_rows
 from raymi.cluster.worker import Failed, failure, of_prompt
 from raymi.errors import UserError
-from raymi.experiments.knockout.spec import KnockoutSpec
-from raymi.experiments.sae.resolve import Record, is_current, latest, refs
-from raymi.experiments.sae.spec import fed_as
+from raymi.experiments.autoencoders.refs import WithSaes, fed_as
+from raymi.experiments.autoencoders.resolve import Record, is_current, latest, refs
+from raymi.experiments.costs import full_forward_flops
+from raymi.experiments.unit import Unit
 from raymi.fed import Fed, fed_id, plain_id
 from raymi.job import Job, Spec
-from raymi.plan import CutRule, Saes, Unit, full_forward_flops, units
+from raymi.plan.unfit import check_known, why_unfit
+from raymi.plan.units import CutRule, Saes, units
 from raymi.prompts import Prompt, TokenizedPrompt
 from raymi.reach import closed
 from raymi.store import schemas
@@ -28,7 +30,6 @@ from raymi.store.layout import slug
 from raymi.store.manifest import Manifest
 from raymi.store.reader import Store
 from raymi.store.schemas import UNIT_TABLES
-from raymi.unfit import check_known, why_unfit
 
 
 @dataclass(slots=True)
@@ -250,7 +251,7 @@ class Agenda:
         too, these cannot be taken (`sum_former`: it as it once was).
         """
         issued = [each for each in prompts if plain_id(each.prompt.id)[0] in self._issued]
-        sums = {spec.name for spec in self.job.sae_experiments if spec.sums_prompts and not sum_former}
+        sums = {spec.name for spec in self.job.experiments if spec.sums_prompts and not sum_former}
         return [
             unit
             for spec in self.job.experiments
@@ -271,7 +272,7 @@ class Agenda:
         measuring: list[tuple[Spec, Fed | None]] = [
             (spec, fed_as(saes.get(spec.name, ())))
             for spec in self.job.experiments
-            if isinstance(spec, KnockoutSpec) or saes.get(spec.name)
+            if not isinstance(spec, WithSaes) or saes.get(spec.name)
         ]
         for prompt_id, prompt in known.prompts.items():
             if not self._is_wanted(prompt_id):

@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from raymi.errors import UserError
-from raymi.experiments.sae.resolve import Record
-from raymi.experiments.sae.spec import SaeSpec
+from raymi.experiments.autoencoders.refs import WithSaes
+from raymi.experiments.autoencoders.resolve import Record
 from raymi.fed import Fed, fed_id, plain_id
 from raymi.job import Job
 from raymi.prompts import Prompt, PromptFault, TokenizedPrompt, tokenize_each
@@ -61,15 +61,15 @@ def holds(job: Job, records: Iterable[Record], texts: Texts) -> bool:
         spec = specs.get(experiment)
         if spec is None:
             continue
-        wanted = [spec.corpus.chunk_id(0)] if spec.corpus else [p.id for p in job.prompts if job.chooses(spec, p.id)]
+        wanted = [spec.texts.chunk_id(0)] if spec.texts else [p.id for p in job.prompts if job.chooses(spec, p.id)]
         if any(fed_id(text_id, bos) not in texts for text_id in wanted):
             return False
     return True
 
 
-def _asked(spec: SaeSpec, records: Sequence[Record], job: Job, tokenizer: Any, model_id: str) -> Fed | None:
+def _asked(spec: WithSaes, records: Sequence[Record], job: Job, tokenizer: Any, model_id: str) -> Fed | None:
     """How texts are to begin, as an experiment's autoencoders agree; None where nothing is to be done about it."""
-    if job.bos != "auto" or (job.chat_template and spec.corpus is None):
+    if job.bos != "auto" or (job.chat_template and spec.texts is None):
         return None
     wants = {want: [row["sae"] for row in records if row["prepend_bos"] is want] for want in (True, False)}
     if wants[True] and wants[False]:
@@ -89,7 +89,7 @@ def _asked(spec: SaeSpec, records: Sequence[Record], job: Job, tokenizer: Any, m
 
 def _texts(
     job: Job,
-    spec: SaeSpec,
+    spec: WithSaes,
     bos: Fed,
     texts: Texts,
     former: Sequence[Prompt],
@@ -98,13 +98,13 @@ def _texts(
     faults: dict[str, PromptFault],
 ) -> dict[str, TokenizedPrompt]:
     """An experiment's texts that begin so, by their plain ids; what the run has stored is taken as it is."""
-    if spec.corpus is not None:
+    if spec.texts is not None:
         stored: dict[str, TokenizedPrompt] = {}
-        while (chunk := texts.get(fed_id(spec.corpus.chunk_id(len(stored)), bos))) and (
-            spec.corpus.chunks is None or len(stored) < spec.corpus.chunks
+        while (chunk := texts.get(fed_id(spec.texts.chunk_id(len(stored)), bos))) and (
+            spec.texts.chunks is None or len(stored) < spec.texts.chunks
         ):
-            stored[spec.corpus.chunk_id(len(stored))] = chunk
-        read = [] if stored else spec.corpus.read(tokenizer, bos=bos, model_id=model_id)
+            stored[spec.texts.chunk_id(len(stored))] = chunk
+        read = [] if stored else spec.texts.read(tokenizer, bos=bos, model_id=model_id)
         return stored | {each.prompt.id: each for each in read}
     found: dict[str, TokenizedPrompt] = {}
     for prompt in (*job.prompts, *former):

@@ -8,7 +8,7 @@ from raymi import catalog
 from raymi.catalog import CachedModel
 from raymi.errors import UserError, quoted
 from raymi.job import Job
-from raymi.plan import Rejected, selected
+from raymi.plan.selection import Rejected, selected
 from raymi.prompts import Prompt
 from raymi.store.manifest import Issue, Manifest
 

@@ -12,8 +12,8 @@ from typing import Literal
 
 from raymi.cluster.messages import Broken, Delivered, Event, Impossible, LeaseEnded, Loaded, Prepared
 from raymi.cluster.worker import Failed, Worker
+from raymi.experiments.unit import Unit
 from raymi.leaving import abandon
-from raymi.plan import Unit
 
 
 class InlineBackend:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from raymi.cluster.worker import Done, Failed
-from raymi.plan import Unit
+from raymi.experiments.unit import Unit
 
 if TYPE_CHECKING:
     import pyarrow as pa

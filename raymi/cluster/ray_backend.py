@@ -24,8 +24,8 @@ from raymi.cluster.inventory import Demand, Node, demand, key_of, place
 from raymi.cluster.messages import Broken, Delivered, Event, Impossible, LeaseEnded, Loaded, Lost, Prepared
 from raymi.cluster.replica import STREAM, MakeWorker, RemoteReplica
 from raymi.cluster.worker import Failed
+from raymi.experiments.unit import Unit
 from raymi.job import Job
-from raymi.plan import Unit
 from raymi.store.secret import scrub
 
 READY_SECONDS = 300.0

@@ -9,7 +9,8 @@ from raymi.cluster.frozen import choose, freeze_prompts
 from raymi.cluster.sweep import Order, draft, keys, worker
 from raymi.cluster.tokenised import from_rows
 from raymi.cluster.worker import Failed
-from raymi.plan import Estimate, Rates, Unit, estimate
+from raymi.experiments.unit import Unit
+from raymi.plan.estimate import Estimate, Rates, estimate
 from raymi.store import ownership
 from raymi.store.reader import Store
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 import ray
 
 from raymi.cluster.worker import Done, Failed, Worker
-from raymi.plan import Unit
+from raymi.experiments.unit import Unit
 
 if TYPE_CHECKING:
     import pyarrow as pa

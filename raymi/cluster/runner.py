@@ -16,7 +16,7 @@ from raymi.cluster.progress import Display
 from raymi.cluster.scheduler import Scheduler
 from raymi.cluster.worker import Failed
 from raymi.errors import told
-from raymi.plan import Unit
+from raymi.experiments.unit import Unit
 from raymi.store import schemas
 from raymi.store.writer import Run
 

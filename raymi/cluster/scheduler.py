@@ -37,7 +37,7 @@ from raymi.cluster.messages import (
     Trouble,
 )
 from raymi.cluster.worker import Done, Failed
-from raymi.plan import Unit
+from raymi.experiments.unit import Unit
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -1,6 +1,5 @@
 """Stored units that the plan does not name any more: which they are, and why, in words."""
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -8,9 +7,9 @@ from typing import Any
 
 import polars as pl
 
-from raymi.experiments.knockout.spec import Ablation
-from raymi.experiments.sae.spec import Injection, SaeRef
-from raymi.plan import Unit
+from raymi.experiments import kinds
+from raymi.experiments.kind import Facts
+from raymi.experiments.unit import Unit
 from raymi.store.reader import Store
 from raymi.store.schemas import UNIT_TABLES
 
@@ -22,10 +21,10 @@ class StoredUnit:
     experiment: str
     prompts: frozenset[str]
     """Ids; empty where rows do not say them (sums over texts)."""
-    heads: Mapping[int, frozenset[int]]
-    """Layer -> heads that were cut one at a time."""
-    saes: frozenset[tuple[str, str, str]]
-    """(Name, version, site) of its autoencoders."""
+    table: str
+    """Where they are."""
+    facts: Facts
+    """What they hold of the columns that the table's kind knows units by."""
     superseded: bool = False
     """As last noticed."""
 
@@ -44,23 +43,18 @@ def stored_units(store: Store, run: str) -> dict[tuple[str, str], dict[str, Stor
     for table in UNIT_TABLES:
         rows = store.scan(table, run)
         has = rows.collect_schema().names()
+        facts = [column for column in kinds.tables()[table].facts if column in has]
         parts: dict[str, pl.Expr] = {}
         if "prompt_id" in has:
             parts["prompts"] = pl.col("prompt_id").unique()
-        if table == "ablations":
-            parts["cells"] = pl.struct("layer", "head").unique()
-        if "sae" in has:
-            parts["saes"] = pl.struct("sae", "sae_version", "site").unique()
+        if facts:
+            parts["facts"] = pl.struct(facts).unique()
         for row in rows.group_by(of_unit).agg(**parts).collect().iter_rows(named=True):
-            heads: defaultdict[int, set[int]] = defaultdict(set)
-            for cell in row.get("cells", ()):
-                if cell["layer"] is not None and cell["head"] is not None:
-                    heads[cell["layer"]].add(cell["head"])
             found.setdefault((row["model_id"], row["revision"]), {})[row["unit_id"]] = StoredUnit(
                 row["experiment"],
                 frozenset(row.get("prompts", ())),
-                {layer: frozenset(its) for layer, its in heads.items()},
-                frozenset((each["sae"], each["sae_version"], each["site"]) for each in row.get("saes", ())),
+                table,
+                frozenset(tuple(each.values()) for each in row.get("facts", ())),
                 row["unit_id"] in gone,
             )
     return found
@@ -101,31 +95,8 @@ def notices(
 
 def reason(unit: StoredUnit, planned: Iterable[Unit]) -> str:
     """Why a unit is not among those that are planned of its experiment."""
-    heads: defaultdict[int, set[int]] = defaultdict(set)
-    saes: set[SaeRef] = set()
-    for _, works in (item for each in planned for item in each.items):
-        for work in works:
-            match work:
-                case Ablation():
-                    for layer in work.layers:
-                        heads[layer].update(work.heads or ())
-                case Injection():
-                    saes.add(work.sae)
-                case SaeRef():
-                    saes.add(work)
-    by_name = {sae.name: sae for sae in saes}
-    for name, version, site in sorted(unit.saes):
-        if name not in by_name:
-            return f"{name} is not among the autoencoders of this experiment any more"
-        now = by_name[name]
-        if not any((sae.name, sae.site) == (name, site) for sae in saes):
-            return f"{name} was measured at {site}, and belongs at {now.site}"
-        if not any((sae.name, sae.version) == (name, version) for sae in saes):
-            return f"{name} was measured as of {version[:12]}, and is now at {now.version[:12]}"
-    if unit.saes:
-        return f"what {', '.join(sorted({name for name, _, _ in unit.saes}))} is given or stands for has changed"
-    for layer, cut in sorted(unit.heads.items()):
-        if not cut <= heads[layer]:
-            return f"layer {layer} has {len(heads[layer])} heads to cut, without head {min(cut - heads[layer])}"
+    work = [one for each in planned for _, its in each.items for one in its]
     # A unit ends where the rule of cutting says: heads more in one layer move all that come behind.
-    return "what its experiment measures of these prompts has changed, and is cut into other units"
+    return kinds.tables()[unit.table].gone(unit.facts, work) or (
+        "what its experiment measures of these prompts has changed, and is cut into other units"
+    )

@@ -17,7 +17,8 @@ from raymi.cluster.progress import display
 from raymi.cluster.runner import Ending, Interrupts, drive
 from raymi.cluster.worker import Worker
 from raymi.job import Job
-from raymi.plan import CutRule, Rejected
+from raymi.plan.selection import Rejected
+from raymi.plan.units import CutRule
 from raymi.store import ownership, schemas
 from raymi.store.layout import slug
 from raymi.store.manifest import Driver, Issue, Manifest

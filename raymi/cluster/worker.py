@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,23 +19,22 @@ from raymi.cluster.feeding import feed
 from raymi.cluster.reading import check_tokens, read
 from raymi.cluster.testbed import testbed
 from raymi.cluster.tokenised import to_rows
-from raymi.drawing import drawn
 from raymi.errors import UserError
-from raymi.experiments.knockout.spec import Ablation, Company, KnockoutSpec
-from raymi.experiments.sae.resolve import Record, check_unchanged, refs, renewed, resolve
-from raymi.experiments.sae.spec import SaeRef, SaeSpec
+from raymi.experiments.autoencoders.refs import SaeRef
+from raymi.experiments.autoencoders.resolve import Record, check_unchanged, refs, renewed, resolve
+from raymi.experiments.unit import Unit
 from raymi.job import Job
-from raymi.plan import Unit, company, confirm
+from raymi.plan.verification import company, drawn
 from raymi.prompts import Prompt, TokenizedPrompt
 from raymi.store import schemas
 from raymi.store.secret import scrub
 from raymi.tokenizer import load_tokenizer, special_ids, token_texts
-from raymi.unfit import asks_for_answers
 from raymi.vocabulary import check_loaded
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from raymi.experiments.setting import Setting
     from raymi.model.engine import Engine
     from raymi.model.loading import Loaded
     from raymi.sae import SAE
@@ -167,7 +167,8 @@ class Worker:
             return failed
         try:
             loaded = self._load()
-            confirm(self.job, self.model, loaded.model.attention_layers, loaded.model.all_heads)
+            for spec in self.job.experiments:
+                spec.confirm(self.model, loaded.model.attention_layers, loaded.model.all_heads)
             self._confirm_places(loaded)
             verified = self._verify(loaded.engine)
         except Exception as error:
@@ -201,7 +202,7 @@ class Worker:
             for ref in its:
                 check_unchanged(ref)
         new = [spec for spec in self.job.sae_experiments if spec.name not in pinned]
-        others = bool(self.pinned) or any(isinstance(spec, KnockoutSpec) for spec in self.job.experiments)
+        others = bool(self.pinned) or len(self.job.sae_experiments) < len(self.job.experiments)
         known = renewed(self.pinned, self.job.sae_experiments, self.model, cache_dir=self.cache_dir)
         return [*known, *resolve(new, self.model, cache_dir=self.cache_dir, others=others)]
 
@@ -234,7 +235,7 @@ class Worker:
 
     def _confirm_places(self, loaded: "Loaded") -> None:
         if self._saes:
-            from raymi.experiments.sae.places import confirm_places
+            from raymi.experiments.autoencoders.places import confirm_places
 
             confirm_places(loaded.model, [ref for its in self._saes.values() for ref in its])
 
@@ -251,26 +252,16 @@ class Worker:
 
     def _measure_twice(self, engine: "Engine") -> list[dict[str, Any]]:
         """Records of table `verifications`, of work that is drawn from all experiments."""
+        from raymi.experiments.setting import Drawn, running
+
         prompts = [each for each in self._prompts.values() if self._knows(each)]
-        knockouts: list[tuple[TokenizedPrompt, Ablation, Company]] = []
-        others: list[tuple[SaeSpec, TokenizedPrompt, Any]] = []
+        by_kind: dict[str, list[Drawn]] = {}
         for spec, prompt, work in drawn(self.job, self.model, prompts, self._saes):
-            if isinstance(spec, KnockoutSpec) and isinstance(work, Ablation):
-                others_too = company(self.job, spec, self.model, prompts, prompt, work)
-                knockouts.append((prompt, work, others_too))
-            elif isinstance(spec, SaeSpec):
-                others.append((spec, prompt, work))
-        about = {"model_id": self.model.id, "revision": self.model.revision}
-        records: list[dict[str, Any]] = []
-        if knockouts:
-            from raymi.experiments.knockout.verify import verify
-
-            records += verify(engine, knockouts, **about)
-        if others:
-            from raymi.experiments.sae.verify import verify
-
-            records += verify(engine, others, self._sae, special=special_ids(self._get_tokenizer()), **about)
-        return records
+            saes = self._saes.get(spec.name, ())
+            among = partial(company, self.job, spec, self.model, prompts, prompt, work, saes)
+            by_kind.setdefault(spec.kind, []).append(Drawn(spec, prompt, work, among))
+        setting = self._setting(engine)
+        return [record for its in by_kind.values() for record in running(its[0].spec).verify(setting, its)]
 
     def _measure(self, unit: Unit) -> Done:
         started = time.perf_counter()
@@ -279,11 +270,16 @@ class Worker:
         prompt_ids = [prompt_id for prompt_id, _ in unit.items]
         check_tokens(self.model.id, self._prompts, prompt_ids, unit.tokens)
         for prompt_id in prompt_ids:
-            self._check_ids(self._prompts[prompt_id], answers=asks_for_answers(spec))
-        rows = self._knock_out(unit) if isinstance(spec, KnockoutSpec) else self._with_saes(spec, unit)
-        table = "ablations" if isinstance(spec, KnockoutSpec) else spec.table
+            self._check_ids(self._prompts[prompt_id], answers=spec.asks_for_answers)
+        from raymi.experiments.setting import running
+
+        rows = running(spec).measure(self._setting(self._loaded()), spec, unit)
         rows = rows.append_column(schemas.TESTBED, [[self._testbed["testbed"]] * rows.num_rows])
-        tables = {table: rows, "vocabulary": self._vocabulary(rows), "events": self._gave_up(f"unit {unit.unit_id}")}
+        tables = {
+            spec.table: rows,
+            "vocabulary": self._vocabulary(rows),
+            "events": self._gave_up(f"unit {unit.unit_id}"),
+        }
         return Done(unit.unit_id, tables, time.perf_counter() - started)
 
     def _check_ids(self, prompt: TokenizedPrompt, *, answers: bool = True) -> None:
@@ -313,24 +309,11 @@ class Worker:
         reasons.clear()
         return schemas.rows("events", events)
 
-    def _knock_out(self, unit: Unit) -> "pa.Table":
-        from raymi.experiments.knockout.run import run
+    def _setting(self, engine: "Engine") -> "Setting":
+        from raymi.experiments.setting import Setting
 
-        return run(self._loaded(), unit, self._prompts, top_k=self.job.top_k, **self._about())
-
-    def _with_saes(self, spec: SaeSpec, unit: Unit) -> "pa.Table":
-        from raymi.experiments.sae.run import run
-
-        return run(
-            self._loaded(),
-            spec,
-            unit,
-            self._prompts,
-            self._sae,
-            special=special_ids(self._get_tokenizer()),
-            top_k=self.job.top_k,
-            **self._about(),
-        )
+        special = special_ids(self._get_tokenizer())
+        return Setting(engine, self._prompts, self._sae, special, **self._about(), top_k=self.job.top_k)
 
     def _sae(self, ref: SaeRef) -> "SAE":
         """An autoencoder on the model's device, opened when it is first needed."""

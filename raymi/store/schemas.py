@@ -5,8 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from raymi.experiments.knockout.spec import SCHEMA as ABLATIONS
-from raymi.experiments.sae.spec import SCHEMAS as OF_SAES
+from raymi.experiments import kinds
 
 SCHEMA_VERSION = 1
 """Of the layout, the manifest and every table together; in each manifest and in each file's metadata."""
@@ -206,7 +205,7 @@ SCHEMAS: Mapping[str, pa.Schema] = {
     "prompts": PROMPTS,
     "saes": SAES,
     "vocabulary": VOCABULARY,
-    **{table: schema.append(TESTBED) for table, schema in {"ablations": ABLATIONS, **OF_SAES}.items()},
+    **{name: table.schema.append(TESTBED) for name, table in kinds.tables().items()},
     "testbeds": TESTBEDS,
     "superseded": SUPERSEDED,
     "verifications": VERIFICATIONS,
@@ -214,7 +213,7 @@ SCHEMAS: Mapping[str, pa.Schema] = {
     "events": EVENTS,
 }
 
-UNIT_TABLES = ("ablations", *OF_SAES)
+UNIT_TABLES = tuple(kinds.tables())
 """Where units' rows go: all rows of a unit into one of them, at least one and all at once."""
 
 KEYS: Mapping[str, tuple[str, ...]] = {

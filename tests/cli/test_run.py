@@ -242,16 +242,16 @@ def test_a_unit_that_fails_is_tried_again_then_named_and_again_by_the_next_comma
     from raymi.experiments.knockout import run as measure
 
     add_model(Path("cache"), "org/one")
-    once = measure.run
+    once = measure.measure
     secret = "hf_" + "x" * 30
     monkeypatch.setenv("HF_TOKEN", secret)
 
-    def fails_on_layer_1(engine, unit, *rest, **more):
+    def fails_on_layer_1(setting, spec, unit):
         if unit.items[0][1][0].layers == (1,):
             raise ValueError(f"NaN, says {secret}")
-        return once(engine, unit, *rest, **more)
+        return once(setting, spec, unit)
 
-    monkeypatch.setattr(measure, "run", fails_on_layer_1)
+    monkeypatch.setattr(measure, "measure", fails_on_layer_1)
     said = run()
     assert said.code == 1
     assert rows().height == 4
@@ -260,18 +260,18 @@ def test_a_unit_that_fails_is_tried_again_then_named_and_again_by_the_next_comma
     everything = said.out + said.err + "".join(rows("failures")["message"]) + "".join(rows("failures")["traceback"])
     assert secret not in everything
     assert secret not in Path("store").joinpath("runs").rglob("*.json").__next__().read_text()
-    monkeypatch.setattr(measure, "run", once)
+    monkeypatch.setattr(measure, "measure", once)
     assert run().code == 0
     assert rows().height == 8
 
 
 def test_numbers_that_do_not_agree_fail_the_model(run: Run, monkeypatch):
-    from raymi.experiments.knockout import verify
+    from raymi.experiments.knockout import run as measure
 
     add_model(Path("cache"), "org/one")
-    honest = verify.verify
+    honest = measure.verify
     monkeypatch.setattr(
-        verify, "verify", lambda *a, **k: [r | {"passed": False, "max_logit_diff": 0.5} for r in honest(*a, **k)]
+        measure, "verify", lambda *a, **k: [r | {"passed": False, "max_logit_diff": 0.5} for r in honest(*a, **k)]
     )
     said = run()
     assert said.code == 1

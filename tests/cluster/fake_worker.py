@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from raymi.catalog import CachedModel
 from raymi.cluster.worker import Done, Failed, failure
-from raymi.plan import Unit
+from raymi.experiments.unit import Unit
 from raymi.store import schemas
 
 

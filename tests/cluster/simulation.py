@@ -24,7 +24,7 @@ from raymi.cluster.messages import (
 from raymi.cluster.scheduler import Scheduler
 from raymi.cluster.worker import Done, Failed
 from raymi.experiments.knockout.spec import Ablation
-from raymi.plan import Unit
+from raymi.experiments.unit import Unit
 from raymi.store import schemas
 
 ABLATION = Ablation(layers=(0,), heads=None, edges=((1, 0),))

@@ -15,10 +15,11 @@ from raymi import catalog
 from raymi.cluster import rehearsal
 from raymi.cluster.tokenised import from_rows
 from raymi.cluster.worker import Worker
-from raymi.experiments.sae.resolve import refs
+from raymi.experiments.autoencoders.resolve import refs
 from raymi.job import load_job, make_job
 from raymi.model.memory import peak_ram
-from raymi.plan import estimate, units
+from raymi.plan.estimate import estimate
+from raymi.plan.units import units
 
 LONG = {  # several prompts of some hundred tokens, each with fewer ablations than fill a batch
     "name": "long",

@@ -16,8 +16,8 @@ from raymi.cluster.rehearsal import rehearse
 from raymi.cluster.sweep import Order, Result, sweep
 from raymi.cluster.worker import Failed, Worker
 from raymi.errors import UserError
+from raymi.experiments.unit import Unit
 from raymi.job import load_job
-from raymi.plan import Unit
 from raymi.store.schemas import UNIT_TABLES
 from tests.fakes import add_model, add_saes, write_sae
 
@@ -338,7 +338,7 @@ def test_a_worker_that_knows_what_is_pinned_does_not_look_into_the_cache(monkeyp
     tables = one_worker().prepare()
     assert isinstance(tables, dict)
     pinned = tables["saes"].to_pylist()
-    monkeypatch.setattr("raymi.experiments.sae.resolve.scan", None)
+    monkeypatch.setattr("raymi.experiments.autoencoders.resolve.scan", None)
     again = one_worker(pinned=pinned).prepare()
     assert isinstance(again, dict)
     assert again["saes"].to_pylist() == pinned

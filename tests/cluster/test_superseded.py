@@ -8,9 +8,9 @@ import pytest
 
 import raymi.store
 from raymi.cluster.superseded import StoredUnit, notices, reason
+from raymi.experiments.autoencoders.refs import SaeRef
 from raymi.experiments.knockout.spec import Ablation
-from raymi.experiments.sae.spec import SaeRef
-from raymi.plan import Unit
+from raymi.experiments.unit import Unit
 from raymi.report import tables
 from raymi.report.saes import METRICS
 from tests.cli.test_run import JOB, PARIS, ROME, Run, folder, run, write_job  # noqa: F401
@@ -24,8 +24,9 @@ def unit(*work: Any, unit_id: str = "now", experiment: str = "e") -> Unit:
 
 
 def stored(heads: dict[int, set[int]] | None = None, saes: Any = (), **more: Any) -> StoredUnit:
-    of = {layer: frozenset(its) for layer, its in (heads or {}).items()}
-    return StoredUnit("e", frozenset({"p"}), of, frozenset(saes), **more)
+    cells = frozenset((layer, head) for layer, its in (heads or {}).items() for head in its)
+    table, facts = ("sae_quality", frozenset(saes)) if saes else ("ablations", cells)
+    return StoredUnit("e", frozenset({"p"}), table, facts, **more)
 
 
 def rows(table: str) -> pl.DataFrame:
@@ -73,7 +74,7 @@ def test_a_run_notes_what_it_plans_otherwise_now(run: Run, monkeypatch: pytest.M
     assert run().code == 0
     before = rows("ablations")
     # As if what units are made of had changed: all of them have other names.
-    monkeypatch.setattr("raymi.plan.UNIT_VERSION", 99)
+    monkeypatch.setattr("raymi.plan.units.UNIT_VERSION", 99)
     said = run()
     assert said.code == 0, said.err
     noted = rows("superseded")

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from raymi.experiments.autoencoders.refs import SaeRef
 from raymi.experiments.sae.run import run
-from raymi.experiments.sae.spec import SaeRef, SaeSpec
+from raymi.experiments.sae.spec import SaeSpec
+from raymi.experiments.unit import Unit
 from raymi.model.engine import Capability, Engine
 from raymi.model.hooked import HookedModel
-from raymi.plan import Unit
 from raymi.sae import load
 from raymi.sae.metrics import metrics
 from tests.experiments.sae.scene import GIVEN, text

@@ -1,19 +1,47 @@
 """From a unit of knockouts to its rows, on one loaded model."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
-import torch
 
-from raymi.experiments.effects import Columns, measure, only
+from raymi.experiments.cells import Cells
+from raymi.experiments.effects import only
 from raymi.experiments.knockout.spec import SCHEMA, Ablation, ablation_id
-from raymi.heads import Heads
+from raymi.experiments.setting import Setting, no_saes
+from raymi.experiments.unit import Unit
 from raymi.model.engine import Engine
-from raymi.model.full import Batch
-from raymi.model.hooked import Cell
+from raymi.model.hooked import HookedModel
 from raymi.model.interventions import Mask
-from raymi.plan import Unit
 from raymi.prompts import TokenizedPrompt
+
+
+def masks(ablation: Ablation) -> tuple[Mask, ...]:
+    """An ablation as interventions, one a layer."""
+    return tuple(Mask(layer, ablation.heads, ablation.edges) for layer in ablation.layers)
+
+
+def _columns(ablation: Ablation) -> Mapping[str, Any]:
+    """What was cut, in full and, where there is just one of it, by itself."""
+    queries, keys = [q for q, _ in ablation.edges], [k for _, k in ablation.edges]
+    return {
+        "layers": ablation.layers,
+        "heads": ablation.heads,
+        "queries": queries,
+        "keys": keys,
+        "layer": only(ablation.layers),
+        "head": only(ablation.heads),
+        "query": only(queries),
+        "key": only(keys),
+    }
+
+
+def _name(model_id: str, token_ids: Sequence[int], ablation: Ablation, model: HookedModel) -> str:
+    return ablation_id(model_id, token_ids, ablation, model.all_heads)
+
+
+CELLS = Cells(Ablation, SCHEMA, masks, _columns, _name)
+measure, verify = CELLS.measure, CELLS.verify
 
 
 def run(
@@ -26,7 +54,7 @@ def run(
     dtype: str,
     top_k: int = 10,
 ) -> pa.Table:
-    """Measure every ablation of a unit.
+    """Measure every ablation of a unit, for whoever has no more than a model.
 
     Args:
         engine: the model, and the way it is measured.
@@ -43,48 +71,4 @@ def run(
     Raises:
         NotFinite, NotFired, OutOfMemory: from the model room.
     """
-    ids_PT = torch.tensor([prompts[prompt_id].token_ids for prompt_id, _ in unit.items])
-    work = [(p, ablation) for p, (_, ablations) in enumerate(unit.of(Ablation)) for ablation in ablations]
-    cells = [Cell(p, masks(a)) for p, a in work]
-    prompts_A = [prompts[unit.items[p][0]] for p, _ in work]
-
-    def about(batch: Batch) -> Columns:
-        rows = [(prompts_A[i], work[i][1]) for i in batch.cells]
-        return {
-            "unit_id": [unit.unit_id] * len(rows),
-            "experiment": [unit.experiment] * len(rows),
-            "model_id": [model_id] * len(rows),
-            "revision": [revision] * len(rows),
-            "dtype": [dtype] * len(rows),
-            **_asked(rows, model_id, engine.model.all_heads),
-        }
-
-    return measure(engine, ids_PT, cells, prompts_A, about, schema=SCHEMA, top_k=top_k)
-
-
-def masks(ablation: Ablation) -> tuple[Mask, ...]:
-    """An ablation as interventions, one a layer."""
-    return tuple(Mask(layer, ablation.heads, ablation.edges) for layer in ablation.layers)
-
-
-def _asked(rows: Sequence[tuple[TokenizedPrompt, Ablation]], model_id: str, heads: Heads) -> Columns:
-    """What was cut, in full and, where there is just one of it, by itself."""
-    columns: Columns = {name: [] for name in _ASKED}
-    for prompt, ablation in rows:
-        queries, keys = [q for q, _ in ablation.edges], [k for _, k in ablation.edges]
-        values = (
-            ablation_id(model_id, prompt.token_ids, ablation, heads),
-            prompt.prompt.id,
-            len(prompt.token_ids),
-            *(ablation.layers, ablation.heads, queries, keys),
-            *(only(ablation.layers), only(ablation.heads), only(queries), only(keys)),
-        )
-        for column, value in zip(columns.values(), values, strict=True):
-            column.append(value)
-    return columns
-
-
-_ASKED = (
-    *("ablation_id", "prompt_id", "n_tokens"),
-    *("layers", "heads", "queries", "keys", "layer", "head", "query", "key"),
-)
+    return CELLS.of(unit, Setting(engine, prompts, no_saes, frozenset(), model_id, revision, dtype, top_k))

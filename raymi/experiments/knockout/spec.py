@@ -2,10 +2,10 @@
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from fnmatch import fnmatchcase
 from functools import lru_cache
 from itertools import groupby
 from typing import Annotated, Any, Literal
@@ -13,16 +13,19 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 from pydantic import BeforeValidator, Field, model_validator
 
+from raymi.catalog import CachedModel
 from raymi.errors import UserError
-from raymi.experiments.axes import Axis, Head, Layer, Position, Window, pieces_of, positions
+from raymi.experiments.autoencoders.refs import SaeRef
+from raymi.experiments.axes import Axis, Head, Layer, Position, Window, positions
 from raymi.experiments.columns import EFFECTS, HOW
-from raymi.fields import Fields, Names, NotEmpty, problem
+from raymi.experiments.kind import Facts, Kind, Spec, Table, Work
+from raymi.fields import problem
 from raymi.heads import Heads, as_heads
 from raymi.prompts import TokenizedPrompt
 
 
 @dataclass(frozen=True, slots=True)
-class Ablation:
+class Ablation(Work):
     """One row to measure: at every one of `layers`, every one of `heads` loses every one of `edges`, all together."""
 
     layers: tuple[int, ...]
@@ -31,6 +34,17 @@ class Ablation:
     """Query heads, ascending; None: all heads."""
     edges: tuple[tuple[int, int], ...]
     """(query position, key position), key <= query, ascending, non-negative."""
+
+    def said(self, heads: Heads | None) -> Sequence[object]:
+        # All heads, where layers have a number of their own, have another name than where that was not known.
+        named = heads.named(self.layers, None) if heads is not None and self.heads is None else self.heads
+        return self.layers, named, self.edges
+
+    def starts_at(self) -> tuple[int, int]:
+        return self.layers[0], self.edges[0][0]
+
+    def cut_edges(self) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+        return self.layers, self.edges
 
 
 Company = list[tuple[TokenizedPrompt, tuple[Ablation, ...]]]
@@ -41,13 +55,11 @@ def _all_heads_together(value: object) -> object:
     return {"together": ["all"]} if value == "all" else value
 
 
-class KnockoutSpec(Fields):
+class KnockoutSpec(Spec):
     """One knockout experiment of a job: the product of its axes is measured on every prompt it chooses."""
 
     kind: Literal["knockout"]
     name: str = Field(default="knockout", min_length=1)
-    prompts: Annotated[Names, NotEmpty] = ("*",)
-    """Ids of the job's prompts to measure, as shell patterns."""
     layers: Axis[Layer]
     """Of a model in which only some layers have attention, `all` and windows mean those alone, as if there were no
     others; `middle` and fractions of depth mean the next layer that has it (the last that has, where none follows); an
@@ -68,19 +80,29 @@ class KnockoutSpec(Fields):
         return self
 
     @property
-    def pieces(self) -> frozenset[str]:
-        """The pieces of the prompts' texts whose positions it names: `subject`, `text:...`."""
-        return frozenset(piece for axis in (self.queries, self.keys) for piece in pieces_of(axis))
+    def table(self) -> str:
+        return "ablations"
 
-    @property
-    def canonical(self) -> str:
-        """The same experiment, however written, as the same JSON: what the names of runs and units are made of."""
-        # Defaults are left out, so that a field to come does not give the experiments of today other names.
-        return json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True, separators=(",", ":"))
+    def check(self, model: CachedModel) -> None:
+        check(self, *_shape(model))
 
-    def chooses(self, prompt_id: str) -> bool:
-        """Whether the prompt is one that this experiment measures."""
-        return any(fnmatchcase(prompt_id, pattern) for pattern in self.prompts)
+    def check_prompt(self, prompt: TokenizedPrompt) -> None:
+        places(self, prompt)
+
+    def confirm(self, model: CachedModel, attention_layers: Sequence[int], heads: Heads | None) -> None:
+        confirm_layers(self, model.n_layers or 0, model.attention_layers, attention_layers)
+        if heads is not None and model.heads is not None:
+            confirm_heads(self, model.n_layers or 0, attention_layers, model.heads, heads)
+
+    def work(self, prompt: TokenizedPrompt, model: CachedModel, saes: Sequence[SaeRef]) -> list[Ablation]:
+        return ablations(self, prompt, *_shape(model))
+
+
+def _shape(model: CachedModel) -> tuple[int, Heads, tuple[int, ...] | None]:
+    """Its layers, their heads, and which layers have attention (None: all)."""
+    if model.n_layers is None or model.heads is None:
+        raise UserError(f"{model.id}: its config.json does not say how many layers and heads it has")
+    return model.n_layers, model.heads, model.attention_layers
 
 
 def _surely_after(key: Position, query: Position) -> bool:
@@ -345,3 +367,24 @@ SCHEMA = pa.schema(
     ]
 )
 """Table `ablations`: one row an ablation. Ranks count from 0; probabilities are of the last position."""
+
+
+def _gone(facts: Facts, planned: Sequence[Work]) -> str | None:
+    now: defaultdict[int, set[int]] = defaultdict(set)
+    for work in planned:
+        if isinstance(work, Ablation):
+            for layer in work.layers:
+                now[layer].update(work.heads or ())
+    cut = sorted((layer, head) for layer, head in facts if layer is not None and head is not None)
+    for layer, head in cut:
+        if head not in now[layer]:
+            return f"layer {layer} has {len(now[layer])} heads to cut, without head {head}"
+    return None
+
+
+KIND = Kind(
+    "knockout",
+    KnockoutSpec,
+    {"ablations": Table(SCHEMA, facts=("layer", "head"), gone=_gone)},
+    running="raymi.experiments.knockout.run",
+)

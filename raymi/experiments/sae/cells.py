@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from raymi.errors import UserError
+from raymi.experiments.autoencoders.refs import SaeRef
 from raymi.experiments.effects import Columns, in_order, measure
 from raymi.experiments.sae.features import active
-from raymi.experiments.sae.spec import ABLATIONS, INJECTIONS, Injection, SaeRef, cell_id
+from raymi.experiments.sae.spec import ABLATIONS, INJECTIONS, Injection, cell_id
 from raymi.experiments.sae.texts import Task, clean, counting, ids_of, in_batches, read
 from raymi.model.editing import place
 from raymi.model.full import Batch

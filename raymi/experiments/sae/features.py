@@ -7,7 +7,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from raymi.experiments.sae.spec import FEATURES, SaeRef
+from raymi.experiments.autoencoders.refs import SaeRef
+from raymi.experiments.sae.spec import FEATURES
 from raymi.experiments.sae.texts import Task, clean, counting, ids_of, in_batches, read_counted
 from raymi.model.hooked import NotFinite
 from raymi.model.restart import Restart

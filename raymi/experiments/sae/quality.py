@@ -12,8 +12,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from raymi.experiments.autoencoders.refs import SaeRef
 from raymi.experiments.sae.features import active
-from raymi.experiments.sae.spec import QUALITY, SaeRef
+from raymi.experiments.sae.spec import QUALITY
 from raymi.experiments.sae.texts import Task, clean, counting, ids_of, in_batches, read_counted, written, zeroed
 from raymi.model.hooked import NotFinite
 from raymi.model.restart import Restart

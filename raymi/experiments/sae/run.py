@@ -1,16 +1,21 @@
 """From a unit of measurements with autoencoders to its rows, on one loaded model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 
+from raymi.experiments.autoencoders.refs import SaeRef
+from raymi.experiments.kind import Spec
+from raymi.experiments.sae import verify as second
 from raymi.experiments.sae.cells import ablations, injections
 from raymi.experiments.sae.features import features
 from raymi.experiments.sae.quality import quality
-from raymi.experiments.sae.spec import Measure, SaeRef, SaeSpec
+from raymi.experiments.sae.spec import Measure, SaeSpec
 from raymi.experiments.sae.texts import Task
+from raymi.experiments.setting import Drawn, Setting
+from raymi.experiments.unit import Unit
 from raymi.model.engine import Engine
-from raymi.plan import Unit
 from raymi.prompts import TokenizedPrompt
 from raymi.sae import SAE
 
@@ -20,6 +25,30 @@ _MEASURES: Mapping[Measure, Callable[[Task], pa.Table]] = {
     "injection": injections,
     "ablation": ablations,
 }
+
+
+def measure(setting: Setting, spec: Spec, unit: Unit) -> pa.Table:
+    """Measures a unit of an experiment; see `run`."""
+    assert isinstance(spec, SaeSpec)
+    return run(
+        setting.engine,
+        spec,
+        unit,
+        setting.prompts,
+        setting.saes,
+        special=setting.special,
+        model_id=setting.model_id,
+        revision=setting.revision,
+        dtype=setting.dtype,
+        top_k=setting.top_k,
+    )
+
+
+def verify(setting: Setting, drawn: Sequence[Drawn]) -> list[dict[str, Any]]:
+    """Measures a few texts twice; see `raymi.experiments.sae.verify`."""
+    asked = [(each.spec, each.prompt, each.work) for each in drawn if isinstance(each.spec, SaeSpec)]
+    about = {"model_id": setting.model_id, "revision": setting.revision}
+    return second.verify(setting.engine, asked, setting.saes, special=setting.special, **about)
 
 
 def run(

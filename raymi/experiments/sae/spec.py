@@ -2,77 +2,30 @@
 
 import hashlib
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import pyarrow as pa
-from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from raymi.catalog import CachedModel
 from raymi.corpus import Corpus
-from raymi.experiments.axes import Axis, Position, pieces_of, positions
+from raymi.errors import UserError
+from raymi.experiments.autoencoders.refs import FACTS, SaeRef, WithSaes, gone
+from raymi.experiments.axes import Axis, Position, positions
 from raymi.experiments.columns import EFFECTS, HOW
-from raymi.fed import Fed
-from raymi.fields import Fields, Names, NotEmpty, problem
+from raymi.experiments.costs import Cost
+from raymi.experiments.kind import Kind, Table, Work
+from raymi.fields import Fields, problem
+from raymi.heads import Heads
 from raymi.prompts import TokenizedPrompt
-from raymi.sae.description import MLP_INPUT, NORMALISED
 
 Measure = Literal["features", "quality", "injection", "ablation"]
 
 
 @dataclass(frozen=True, slots=True)
-class SaeRef:
-    """One autoencoder as a plan knows it, pinned."""
-
-    name: str
-    """What rows call it: `repo:path`, or the folder as the job writes it."""
-    where: str
-    """What `raymi.sae.load` is given: `repo@commit:path`, or a folder."""
-    version: str
-    """The commit, or the sha256 of a local file."""
-    site: str
-    site_out: str | None
-    """What a transcoder predicts; None for an autoencoder, which writes where it reads."""
-    d_sae: int
-    input_scale: float | None = None
-    centred: bool = False
-    """Whether it takes activations without their mean over the width."""
-    prepend_bos: bool | None = None
-    """Whether its files say that its texts began with BOS."""
-    bos: Fed | None = None
-    """How texts begin for the experiment, where its autoencoders want that otherwise than the tokenizer has it."""
-    plain: str | None = None
-    """What the plan took for the same place: `mlp.hook_out` where no norm stands behind the module. To be confirmed."""
-    z_moved: bool = False
-    """Whether its site is an `attn.hook_z` that an older raymi took to be something else."""
-
-    @property
-    def written(self) -> str:
-        """The site that its output belongs to."""
-        return self.site_out or self.site
-
-    @property
-    def layer(self) -> int:
-        """The layer of the place that its output belongs to; embeddings count as the first."""
-        match = re.match(r"blocks\.(\d+)\.", self.written)
-        return int(match[1]) if match else 0
-
-    @property
-    def identity(self) -> list[object]:
-        """What its numbers depend on, beside the model and the text."""
-        # What an MLP is fed was called so when the first rows were measured.
-        site = self.site.replace(MLP_INPUT, NORMALISED)
-        said: list[object] = [self.name, self.version, site, self.site_out, self.input_scale]
-        if self.site.endswith(NORMALISED):
-            said.append("before the norm's weights")
-        return [*said, *(["centred"] if self.centred else []), *(["z before gates and norms"] if self.z_moved else [])]
-
-
-@dataclass(frozen=True, slots=True)
-class Injection:
+class Injection(Work):
     """One row to measure: `strength` times a feature's decoder row is added at `positions`."""
 
     sae: SaeRef
@@ -81,45 +34,14 @@ class Injection:
     positions: tuple[int, ...]
     """Ascending, non-negative."""
 
+    def said(self, heads: Heads | None) -> Sequence[object]:
+        return [self.sae.identity, self.feature, self.strength, self.positions]
 
-class SaeChoice(Fields):
-    """Autoencoders of a job: a folder, `repo[@revision][:path]`, or a shell pattern over those in the cache."""
+    def starts_at(self) -> tuple[int, int]:
+        return self.sae.layer, self.positions[0]
 
-    sae: str = Field(min_length=1)
-    site: str | None = None
-    """The hook point, where its files do not say."""
-    site_out: str | None = None
-    """The one that a transcoder predicts, where its files do not say."""
-    input_scale: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """What its inputs are multiplied with, where it normalises them by an average that no file states."""
-    _folder: Path | None = PrivateAttr(default=None)
-    """Of the job file, which a folder is relative to."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _spell_out(cls, data: object) -> object:
-        return {"sae": data} if isinstance(data, str) else data
-
-    @model_validator(mode="after")
-    def _is_a_place(self, info: ValidationInfo) -> "SaeChoice":
-        if self._folder is None:
-            self._folder = Path((info.context or {}).get("folder", Path())).absolute()
-        if not self.is_pattern and self.local is None and not _REPOSITORY.match(self.sae):
-            message = f"there is no folder {str(self._folder / self.sae)!r}, and repositories are written org/name:path"
-            raise problem(message, "sae")
-        if self.is_pattern and self.input_scale is not None:
-            raise problem("is for one SAE, and this is a pattern; name the SAE", "input_scale")
-        return self
-
-    @property
-    def is_pattern(self) -> bool:
-        return any(character in self.sae for character in "*?[")
-
-    @property
-    def local(self) -> Path | None:
-        """The folder that it names, or file, if there is one; such a name wins over a repository's."""
-        path = (self._folder or Path()) / Path(self.sae).expanduser()
-        return path if path.exists() else None
+    def autoencoders(self) -> tuple[SaeRef, ...]:
+        return (self.sae,)
 
 
 class Skip(Fields):
@@ -135,14 +57,11 @@ class Skip(Fields):
         return " and ".join(parts) or "nothing"
 
 
-_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+(@|:|$)")
-
-
 def _listed(value: object) -> object:
     return cast(object, value) if isinstance(value, list | tuple) else [value]
 
 
-class SaeSpec(Fields):
+class SaeSpec(WithSaes):
     """One experiment with autoencoders: every one that is chosen, on every text that is chosen.
 
     `features`: which features are active at every token. `quality`: how well activations are reconstructed, and what
@@ -152,12 +71,6 @@ class SaeSpec(Fields):
 
     kind: Literal["sae"]
     measure: Measure
-    name: str = Field(default="", min_length=1)
-    saes: Annotated[tuple[SaeChoice, ...], BeforeValidator(_listed), NotEmpty] = (SaeChoice(sae="*"),)
-    any_model: bool = Field(default=False, strict=True)
-    """Whether an autoencoder may be used on another model than its own, if the sizes fit."""
-    prompts: Annotated[Names, NotEmpty] = ("*",)
-    """Ids of the job's prompts, as shell patterns."""
     corpus: Corpus | None = None
     """Texts in place of the prompts; for `features` and `quality`."""
     skip: Skip = Skip()
@@ -200,33 +113,73 @@ class SaeSpec(Fields):
         return getattr(self, field) != type(self).model_fields[field].default
 
     @property
-    def pieces(self) -> frozenset[str]:
-        """The pieces of the prompts' texts whose positions it names."""
-        return frozenset(pieces_of(self.positions))
-
-    @property
     def canonical(self) -> str:
-        """The same experiment, however written, as the same JSON: what the names of runs and units are made of."""
         said = self.model_dump(mode="json", exclude_defaults=True)
         if self.corpus is not None:
             said["corpus"] = self.corpus.canonical
         return json.dumps(said, sort_keys=True, separators=(",", ":"))
 
-    def chooses(self, prompt_id: str) -> bool:
-        """Whether the prompt is one that this experiment measures."""
-        if self.corpus is not None:
-            return self.corpus.holds(prompt_id)
-        return any(fnmatchcase(prompt_id, pattern) for pattern in self.prompts)
-
     @property
     def table(self) -> str:
-        """Where its rows go."""
         return TABLES[self.measure]
 
     @property
     def sums_prompts(self) -> bool:
-        """Whether its rows are sums over prompts, out of which none can be taken afterwards."""
         return self.measure == "quality" and self.corpus is None
+
+    @property
+    def texts(self) -> Corpus | None:
+        return self.corpus
+
+    @property
+    def asks_for_answers(self) -> bool:
+        return self.measure in ("injection", "ablation")
+
+    @property
+    def reads_texts(self) -> bool:
+        return self.measure in ("features", "quality")
+
+    def check_saes(self, model_id: str, records: Sequence[Mapping[str, Any]]) -> None:
+        widest = max(record["d_sae"] for record in records)
+        for feature in self.features:
+            if feature >= widest:
+                raise UserError(
+                    f"{model_id}: experiment {self.name!r}: features: {feature} is out of range: "
+                    f"the widest of its SAEs has {widest:,} features (0 to {widest - 1})"
+                )
+
+    def check_prompt(self, prompt: TokenizedPrompt) -> None:
+        if self.measure == "injection":
+            super().check_prompt(prompt)
+
+    def work(self, prompt: TokenizedPrompt, model: CachedModel, saes: Sequence[SaeRef]) -> Sequence[Work]:
+        return work(self, prompt, saes)
+
+    def clean_price(self, cost: Cost) -> int:
+        return cost.full + (self.measure == "quality") * cost.elsewhere
+
+    def price(self, work: Work, cost: Cost, *, full: bool) -> int:
+        forward = super().price(work, cost, full=full)
+        if not isinstance(work, SaeRef):
+            return forward
+        encoded = 2 * cost.n_tokens * cost.hidden * work.d_sae
+        match self.measure:
+            case "features":
+                return encoded
+            case "ablation":
+                return encoded + work.n_rows(cost.n_tokens) * forward
+            case _:  # with its output, and with zeros in the place
+                return encoded + 2 * (forward + cost.elsewhere)
+
+    def batches(
+        self, items: Sequence[tuple[str, Sequence[Work]]], n_tokens: int, *, full: bool
+    ) -> Iterator[tuple[int, int, int]]:
+        if not self.reads_texts:
+            yield from super().batches(items, n_tokens, full=full)
+            return
+        # Clean; for quality also with each autoencoder's output, and with zeros in the place.
+        for _ in range(1 if self.measure == "features" else 1 + 2 * len(items[0][1])):
+            yield len(items), n_tokens, n_tokens
 
 
 TABLES: dict[Measure, str] = {
@@ -235,15 +188,6 @@ TABLES: dict[Measure, str] = {
     "injection": "sae_injections",
     "ablation": "sae_ablations",
 }
-
-
-def fed_as(saes: Sequence[SaeRef]) -> Fed | None:
-    """How the texts of an experiment with these autoencoders begin; None: as the tokenizer has it."""
-    return saes[0].bos if saes else None
-
-
-Work = SaeRef | Injection
-"""What is done with one text: an autoencoder reads all of it, or one injection is made."""
 
 
 def work(spec: SaeSpec, prompt: TokenizedPrompt, saes: Sequence[SaeRef]) -> tuple[Work, ...]:
@@ -361,3 +305,15 @@ SCHEMAS: dict[str, pa.Schema] = {
     "sae_injections": INJECTIONS,
     "sae_ablations": ABLATIONS,
 }
+
+KIND = Kind(
+    "sae",
+    SaeSpec,
+    {
+        "sae_features": Table(FEATURES, ("sae", "site", "prompt_id", "position"), FACTS, gone),
+        "sae_quality": Table(QUALITY, ("sae", "sae_version", "site"), FACTS, gone),
+        "sae_injections": Table(INJECTIONS, ("ablation_id",), FACTS, gone),
+        "sae_ablations": Table(ABLATIONS, ("ablation_id", "prompt_id", "sae", "site"), FACTS, gone),
+    },
+    running="raymi.experiments.sae.run",
+)

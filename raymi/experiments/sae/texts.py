@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from raymi.experiments.sae.spec import SaeRef, SaeSpec
+from raymi.experiments.autoencoders.refs import SaeRef
+from raymi.experiments.sae.spec import SaeSpec
 from raymi.model import memory
 from raymi.model.engine import Engine, OutOfMemory, Way
 from raymi.model.hooked import NotFinite

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from raymi.experiments.autoencoders.refs import SaeRef
+from raymi.experiments.kind import Work
 from raymi.experiments.sae.cells import Change, active_in, injected, name, without
-from raymi.experiments.sae.spec import Injection, SaeRef, SaeSpec, Work, cell_id
+from raymi.experiments.sae.spec import Injection, SaeSpec, cell_id
 from raymi.experiments.sae.texts import Task, clean, counting, ids_of, read, written
 from raymi.experiments.verifying import beside_full, beside_truth, is_beside_truth, judge, of_verdict
 from raymi.model.elsewhere import elsewhere
@@ -89,6 +91,7 @@ def _opinions(task: Task, prompt: TokenizedPrompt, work: Work) -> Iterator[_Opin
     if isinstance(work, Injection):
         yield _of_change(task, injected(task.engine.model, prompt, work, task.saes(work.sae)))
         return
+    assert isinstance(work, SaeRef)
     yield from _of_splice(task, prompt, work)
     if task.spec.measure == "ablation":
         [found] = active_in(task, [work], [prompt])

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from raymi.experiments.knockout.spec import Ablation
-from raymi.experiments.knockout.verify import verify
+from raymi.experiments.kind import Company
+from raymi.experiments.knockout.run import verify
+from raymi.experiments.knockout.spec import Ablation, KnockoutSpec
+from raymi.experiments.setting import Drawn, Setting, no_saes
 from raymi.model.engine import Engine, measure_capability
 from raymi.model.full import Batch
 from raymi.model.hooked import Cell, HookedModel
@@ -22,6 +24,7 @@ from tests.model.measuring import one_thread
 __all__ = ["one_thread"]
 
 WHOLE_LINE = tuple((PROMPT - 1, key) for key in range(PROMPT))
+SPEC = KnockoutSpec.model_validate({"kind": "knockout", "layers": "all"})
 ABLATIONS = tuple(Ablation((layer,), (head,), WHOLE_LINE) for layer in (0, 1, 3) for head in (1, 3))
 
 
@@ -34,8 +37,10 @@ def engine(family: str, dtype: torch.dtype, change: Callable[[HookedModel], obje
 
 def verified(engine: Engine) -> list[dict[str, Any]]:
     prompt = PROMPTS["both"]
-    drawn = [(prompt, one, [(prompt, ABLATIONS), (PROMPTS["answer"], ABLATIONS)]) for one in ABLATIONS]
-    records = verify(engine, drawn, model_id="org/tiny", revision="r")
+    among: Company = [(prompt, ABLATIONS), (PROMPTS["answer"], ABLATIONS)]
+    drawn = [Drawn(SPEC, prompt, one, lambda: among) for one in ABLATIONS]
+    setting = Setting(engine, PROMPTS, no_saes, frozenset(), "org/tiny", "r", "")
+    records = verify(setting, drawn)
     schemas.rows("verifications", records)
     return records
 

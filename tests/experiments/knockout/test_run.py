@@ -9,9 +9,9 @@ from torch import nn
 
 from raymi.experiments.knockout.run import run
 from raymi.experiments.knockout.spec import SCHEMA, Ablation, ablation_id
+from raymi.experiments.unit import Unit
 from raymi.model.engine import Engine, Way, measure_capability
 from raymi.model.hooked import HookedModel, NotFinite
-from raymi.plan import Unit
 from raymi.prompts import Prompt, TokenizedPrompt
 from tests import oracles
 from tests.families import PROMPT, build, prompt

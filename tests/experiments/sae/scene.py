@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raymi.experiments.autoencoders.refs import SaeRef
 from raymi.experiments.sae.run import run
-from raymi.experiments.sae.spec import SaeRef, SaeSpec, work
+from raymi.experiments.sae.spec import SaeSpec, work
+from raymi.experiments.unit import Unit
 from raymi.model.engine import Engine
-from raymi.plan import Unit
 from raymi.prompts import Prompt, TokenizedPrompt
 from raymi.sae import SAE
 from tests.families import PROMPT, build, prompt

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from raymi.errors import UserError
+from raymi.experiments.autoencoders.refs import SaeRef
 from raymi.experiments.sae import cells
 from raymi.experiments.sae.run import run
-from raymi.experiments.sae.spec import SCHEMAS, Injection, SaeRef, SaeSpec, cell_id
+from raymi.experiments.sae.spec import SCHEMAS, Injection, SaeSpec, cell_id
+from raymi.experiments.unit import Unit
 from raymi.model.engine import Engine, Way
 from raymi.model.hooked import HookedModel, NotFinite
-from raymi.plan import Unit
 from tests import oracles
 from tests.experiments.sae.scene import GIVEN, REFS, SAES, SPECIAL, TEXTS, Change, Plain, counts, measured, part, unit
 from tests.experiments.sae.test_run import EVERY, spec

@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from raymi.experiments.autoencoders.refs import SaeRef
 from raymi.experiments.sae import quality as quality_module
 from raymi.experiments.sae import texts
 from raymi.experiments.sae.run import run
-from raymi.experiments.sae.spec import SCHEMAS, SaeRef, SaeSpec, Skip
+from raymi.experiments.sae.spec import SCHEMAS, SaeSpec, Skip
+from raymi.experiments.unit import Unit
 from raymi.model.engine import Engine, OutOfMemory
 from raymi.model.hooked import NotFinite
 from raymi.model.restart import Restart
 from raymi.model.sites import NoSuchPlace
-from raymi.plan import Unit
 from raymi.sae.evaluate import DEFINITIONS
 from raymi.sae.metrics import SUMMED, merged, metrics
 from tests.experiments.sae.scene import (

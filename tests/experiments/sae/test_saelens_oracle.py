@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from raymi.experiments.autoencoders.refs import SaeRef
 from raymi.experiments.sae.run import run
-from raymi.experiments.sae.spec import SaeRef
+from raymi.experiments.unit import Unit
 from raymi.model.engine import Capability, Engine
 from raymi.model.hooked import HookedModel
-from raymi.plan import Unit
 from raymi.sae import load
 from raymi.sae.metrics import metrics
 from tests.experiments.sae.scene import GIVEN, text

@@ -7,7 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from raymi.errors import UserError
-from raymi.experiments.sae.spec import SCHEMAS, TABLES, Injection, SaeChoice, SaeRef, SaeSpec, cell_id, work
+from raymi.experiments.autoencoders.refs import SaeChoice, SaeRef
+from raymi.experiments.sae.spec import SCHEMAS, TABLES, Injection, SaeSpec, cell_id, work
 from raymi.fields import say
 from raymi.prompts import Prompt, TokenizedPrompt
 
@@ -66,7 +67,7 @@ def test_what_is_skipped_in_words(skip: dict[str, Any], said: str) -> None:
         ({"saes": {"sae": "org/a", "input_scale": -1.0}}, "saes.0.input_scale", "found -1.0; allowed: more than 0"),
         ({"saes": "./nowhere"}, "saes.0.sae", "there is no folder '"),
         ({"saes": "nowhere"}, "saes.0.sae", "there is no folder '"),
-        ({"saess": "a"}, "saess", "unknown field; allowed: kind, measure"),
+        ({"saess": "a"}, "saess", "unknown field; allowed: kind, name"),
         ({"measure": "injection", "features": -1, "strengths": 1}, "features.0", "found -1; allowed: 0 or more"),
         ({"measure": "injection", "features": 1, "strengths": "x"}, "strengths.0", "found 'x'; allowed: a number"),
         (

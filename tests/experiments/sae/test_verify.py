@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from raymi.experiments.sae.spec import SaeRef, SaeSpec, cell_id, work
+from raymi.experiments.autoencoders.refs import SaeRef
+from raymi.experiments.sae.spec import SaeSpec, cell_id, work
 from raymi.experiments.sae.verify import verify
 from raymi.model.cone import Cone
 from raymi.model.engine import Engine, measure_capability

@@ -1,14 +1,16 @@
-"""What of a model's work is measured twice, drawn at random and never twice."""
+"""What is measured a second time, and among what: in a batch other mistakes are possible than alone."""
 
 from collections.abc import Iterator, Sequence
 from random import Random
 
 from raymi.catalog import CachedModel
-from raymi.experiments.sae.spec import SaeRef, SaeSpec
-from raymi.job import Job, Spec
-from raymi.plan import Saes, Work, work_of
+from raymi.experiments.autoencoders.refs import SaeRef, WithSaes
+from raymi.experiments.costs import Cost
+from raymi.experiments.kind import Company, Spec, Work
+from raymi.job import Job
+from raymi.plan.unfit import fit
+from raymi.plan.units import CutRule, Price, Saes, blocks
 from raymi.prompts import TokenizedPrompt
-from raymi.unfit import fit
 
 
 def drawn(
@@ -29,7 +31,7 @@ def drawn(
     turns = [
         _shuffled(spec, fit(job, spec, model, prompts, of.get(spec.name, ())), model, of.get(spec.name, ()), random)
         for spec in job.experiments
-        if not isinstance(spec, SaeSpec) or of.get(spec.name)
+        if not isinstance(spec, WithSaes) or of.get(spec.name)
     ]
     random.shuffle(turns)
     found: list[tuple[Spec, TokenizedPrompt, Work]] = []
@@ -53,9 +55,46 @@ def _shuffled(
     while order:
         for index in list(order):
             if index not in rest:
-                work = work_of(spec, prompts[index], model, saes)
+                work = spec.work(prompts[index], model, saes)
                 rest[index] = random.sample(work, len(work))
             if rest[index]:
                 yield spec, prompts[index], rest[index].pop()
             else:
                 order.remove(index)
+
+
+COMPANY_FORWARDS, COMPANY_PROMPTS = 2, 4
+"""Full forwards that may be spent on the company of an ablation that is verified, and prompts that it may be of: each
+has a clean run."""
+
+
+def company(
+    job: Job,
+    spec: Spec,
+    model: CachedModel,
+    prompts: Sequence[TokenizedPrompt],
+    prompt: TokenizedPrompt,
+    work: Work,
+    saes: Sequence[SaeRef] = (),
+) -> Company:
+    """What a piece of work is measured among when it is verified, as in a unit: in a batch other mistakes are possible.
+
+    Args:
+        job: the job.
+        spec: the experiment that it is of.
+        model: the model.
+        prompts: as the model reads them.
+        prompt: one of them.
+        work: one that the experiment makes of it.
+        saes: the autoencoders that it uses on the model.
+    """
+    cost = Cost.of(model, len(prompt.token_ids))
+    alike = fit(job, spec, model, [p for p in prompts if len(p.token_ids) == cost.n_tokens], saes)
+    first = alike.index(prompt)
+    rule = CutRule(unit_flops=COMPANY_FORWARDS * cost.full)
+    near = (*alike[first:], *alike[:first])[:COMPANY_PROMPTS]
+    every = ((p, spec.work(p, model, saes)) for p in near)
+    for block in blocks(every, rule, Price(spec, cost, full=False)):
+        if any(p is prompt and work in part for p, part in block):
+            return block
+    raise ValueError(f"{spec.name!r} does not measure {work} of prompt {prompt.prompt.id!r}")

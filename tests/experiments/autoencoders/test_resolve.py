@@ -11,9 +11,10 @@ import pytest
 
 from raymi.catalog import CachedModel
 from raymi.errors import UserError
-from raymi.experiments.sae.modules import in_model, meant, something_behind
-from raymi.experiments.sae.resolve import check_unchanged, is_current, latest, refs, renewed, resolve
-from raymi.experiments.sae.spec import SaeRef, SaeSpec
+from raymi.experiments.autoencoders.modules import in_model, meant, something_behind
+from raymi.experiments.autoencoders.refs import SaeRef
+from raymi.experiments.autoencoders.resolve import check_unchanged, is_current, latest, refs, renewed, resolve
+from raymi.experiments.sae.spec import SaeSpec
 from raymi.sae import describe
 from raymi.store import schemas
 from tests.fakes import add_files, add_saes, sae_files, safetensors, write_sae

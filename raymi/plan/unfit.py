@@ -4,17 +4,11 @@ from collections.abc import Iterable, Sequence
 
 from raymi.catalog import CachedModel
 from raymi.errors import UserError
-from raymi.experiments.axes import positions
-from raymi.experiments.knockout.spec import KnockoutSpec, places
-from raymi.experiments.sae.spec import SaeRef, fed_as
-from raymi.job import Job, Spec
+from raymi.experiments.autoencoders.refs import SaeRef, fed_as
+from raymi.experiments.kind import Spec
+from raymi.job import Job
 from raymi.prompts import TokenizedPrompt
 from raymi.vocabulary import check_ids
-
-
-def asks_for_answers(spec: Spec) -> bool:
-    """Whether an experiment looks at the next token after a prompt."""
-    return isinstance(spec, KnockoutSpec) or spec.measure in ("injection", "ablation")
 
 
 def check_length(prompt: TokenizedPrompt, model: CachedModel) -> None:
@@ -29,7 +23,7 @@ def check_length(prompt: TokenizedPrompt, model: CachedModel) -> None:
 def check_known(spec: Spec, prompt: TokenizedPrompt, model: CachedModel) -> None:
     """Raises UserError when the model has no row for a token that an experiment needs of a text."""
     size = model.vocab_size
-    check_ids(model.id, prompt, size, size, answers=asks_for_answers(spec))
+    check_ids(model.id, prompt, size, size, answers=spec.asks_for_answers)
 
 
 def why_unfit(spec: Spec, prompt: TokenizedPrompt, model: CachedModel) -> UserError | None:
@@ -37,10 +31,7 @@ def why_unfit(spec: Spec, prompt: TokenizedPrompt, model: CachedModel) -> UserEr
     try:
         check_known(spec, prompt, model)
         check_length(prompt, model)
-        if isinstance(spec, KnockoutSpec):
-            places(spec, prompt)
-        elif spec.measure == "injection":
-            positions(spec.name, spec.positions, prompt)
+        spec.check_prompt(prompt)
     except UserError as error:
         named = error.what.startswith(f"{model.id}: ")
         return error if named else UserError(f"{model.id}: {error.what}", hint=error.hint)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from raymi.errors import UserError
-from raymi.experiments.sae.spec import SaeRef
+from raymi.experiments.autoencoders.refs import SaeRef
 from raymi.model.hooked import HookedModel
 from raymi.model.sites import NoSuchPlace, UnknownSite
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from raymi.catalog import CachedModel
 from raymi.errors import UserError
-from raymi.experiments.sae import modules
-from raymi.experiments.sae.spec import SaeChoice, SaeRef, SaeSpec
+from raymi.experiments.autoencoders import modules
+from raymi.experiments.autoencoders.refs import SaeChoice, SaeRef, WithSaes
 from raymi.sae.description import MLP_INPUT, NORMALISED, Description, check_fits, same_model
 from raymi.sae.discover import describe, placed, scan
 
@@ -19,7 +19,7 @@ Record = dict[str, Any]
 
 
 def resolve(
-    specs: Iterable[SaeSpec], model: CachedModel, *, cache_dir: Path | None = None, others: bool = False
+    specs: Iterable[WithSaes], model: CachedModel, *, cache_dir: Path | None = None, others: bool = False
 ) -> list[Record]:
     """The autoencoders that experiments use on one model, on the machine where both are.
 
@@ -48,7 +48,7 @@ def resolve(
 
 
 def renewed(
-    records: Iterable[Record], specs: Iterable[SaeSpec], model: CachedModel, *, cache_dir: Path | None = None
+    records: Iterable[Record], specs: Iterable[WithSaes], model: CachedModel, *, cache_dir: Path | None = None
 ) -> list[Record]:
     """Rows of an older raymi, looked up again: it did not read all that an autoencoder's files say of how it is fed.
 
@@ -96,7 +96,7 @@ def latest(records: Iterable[Record]) -> list[Record]:
     return [row for row in rows if is_current(row) or (row["experiment"], row["sae"]) not in known]
 
 
-def _again(row: Record, spec: SaeSpec, model: CachedModel, cache_dir: Path | None) -> Record:
+def _again(row: Record, spec: WithSaes, model: CachedModel, cache_dir: Path | None) -> Record:
     about = describe(row["where"], cache_dir=cache_dir, input_scale=row["input_scale"])
     sites = [(choice, choice.site) for choice in spec.saes if choice.site is not None]
     said = next((each for each, at in sites if row["site"] in (at, at.replace(NORMALISED, MLP_INPUT))), None)
@@ -154,7 +154,7 @@ class _Cached:
         return (each for each in self._found if fnmatchcase(each[0], choice.sae))
 
 
-def _records(spec: SaeSpec, model: CachedModel, cached: _Cached) -> list[Record]:
+def _records(spec: WithSaes, model: CachedModel, cached: _Cached) -> list[Record]:
     found: dict[tuple[object, object], Record] = {}
     for choice in (choice for choice in spec.saes if not choice.is_pattern):
         record = _named(spec, choice, model, cached.folder)
@@ -180,17 +180,17 @@ def _records(spec: SaeSpec, model: CachedModel, cached: _Cached) -> list[Record]
         raise _nothing(spec, model, left)
     if not found:
         return [_none(spec, model)]
-    _check_features(spec, model, list(found.values()))
+    spec.check_saes(model.id, list(found.values()))
     return list(found.values())
 
 
-def _none(spec: SaeSpec, model: CachedModel) -> Record:
+def _none(spec: WithSaes, model: CachedModel) -> Record:
     patterns = " or ".join(repr(choice.sae) for choice in spec.saes)
     note = f"no SAE in the cache that matches {patterns} fits this model"
     return {"model_id": model.id, "revision": model.revision, "experiment": spec.name, "sae": None, "note": note}
 
 
-def _named(spec: SaeSpec, choice: SaeChoice, model: CachedModel, cache_dir: Path | None) -> Record:
+def _named(spec: WithSaes, choice: SaeChoice, model: CachedModel, cache_dir: Path | None) -> Record:
     place = choice.local or choice.sae
     about = describe(
         place, cache_dir=cache_dir, site=choice.site, site_out=choice.site_out, input_scale=choice.input_scale
@@ -199,7 +199,7 @@ def _named(spec: SaeSpec, choice: SaeChoice, model: CachedModel, cache_dir: Path
     return record | {"sae": choice.sae} if about.revision is None else record
 
 
-def _record(spec: SaeSpec, input_scale: float | None, model: CachedModel, about: Description) -> Record:
+def _record(spec: WithSaes, input_scale: float | None, model: CachedModel, about: Description) -> Record:
     """One autoencoder that fits; UserError otherwise."""
     if model.n_layers is None or model.hidden_size is None:
         raise UserError(f"{model.id}: its config.json does not say how many layers it has, and how wide they are")
@@ -249,7 +249,7 @@ def _record(spec: SaeSpec, input_scale: float | None, model: CachedModel, about:
     }
 
 
-def _check_revision(spec: SaeSpec, model: CachedModel, about: Description) -> None:
+def _check_revision(spec: WithSaes, model: CachedModel, about: Description) -> None:
     """Whether the checkpoint is the one whose activations it was trained on, where its files name one."""
     wanted = about.model_revision
     if wanted is None or spec.any_model:
@@ -299,20 +299,10 @@ def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
     return whole.hexdigest()
 
 
-def _nothing(spec: SaeSpec, model: CachedModel, left: Sequence[str]) -> UserError:
+def _nothing(spec: WithSaes, model: CachedModel, left: Sequence[str]) -> UserError:
     patterns = " or ".join(repr(choice.sae) for choice in spec.saes)
     who = f"{model.id}: experiment {spec.name!r}"
     if not left:
         return UserError(f"{who}: no SAE in the cache matches {patterns}", hint="`raymi sae list` shows what is there.")
     reasons = "".join(f"\n  {reason}" for reason in left[:3]) + ("\n  ..." if len(left) > 3 else "")
     return UserError(f"{who}: of {len(left)} SAEs in the cache that match {patterns} none fits{reasons}")
-
-
-def _check_features(spec: SaeSpec, model: CachedModel, records: Sequence[Record]) -> None:
-    widest = max(record["d_sae"] for record in records)
-    for feature in spec.features:
-        if feature >= widest:
-            raise UserError(
-                f"{model.id}: experiment {spec.name!r}: features: {feature} is out of range: "
-                f"the widest of its SAEs has {widest:,} features (0 to {widest - 1})"
-            )

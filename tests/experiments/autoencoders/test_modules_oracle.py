@@ -15,13 +15,14 @@ from torch import Tensor
 
 from raymi import catalog
 from raymi.errors import UserError
-from raymi.experiments.sae.places import confirm_places
-from raymi.experiments.sae.resolve import refs, resolve
+from raymi.experiments.autoencoders.places import confirm_places
+from raymi.experiments.autoencoders.refs import SaeRef
+from raymi.experiments.autoencoders.resolve import refs, resolve
 from raymi.experiments.sae.run import run
-from raymi.experiments.sae.spec import SaeRef, SaeSpec, work
+from raymi.experiments.sae.spec import SaeSpec, work
+from raymi.experiments.unit import Unit
 from raymi.model.engine import Capability, Engine
 from raymi.model.hooked import HookedModel
-from raymi.plan import Unit
 from raymi.sae import load
 from raymi.sae.metrics import metrics
 from tests.conformance.configs import build

@@ -10,9 +10,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from raymi import headcounts, snapshot
+from raymi.context import context
 from raymi.errors import UserError
 from raymi.heads import Heads
 from raymi.hubid import why_none
+from raymi.other_weights import other_weights
 from raymi.snapshot import DamagedError
 
 
@@ -84,7 +86,7 @@ class _Repo:
 
     def main(self) -> str:
         """The commit that stands for the model: where refs/main points, else the newest one there is."""
-        if "main" in self.refs:
+        if self.refs.get("main"):  # an interrupted write leaves an empty one
             return self.refs["main"]
         return max(self.sizes, key=lambda commit: (self.snapshot(commit).stat().st_mtime, commit), default="")
 
@@ -172,8 +174,9 @@ def fetch(ref: str, cache_dir: Path | None = None, *, allow_pickle: bool = False
         raise UserError(f"{ref!r} is not the id of a model", hint=hint)
     try:
         about = HfApi().model_info(id, revision=revision or None)
-        needed = snapshot.files_needed([file.rfilename for file in about.siblings or []])
-        _refuse_unloadable(id, needed, allow_pickle=allow_pickle)
+        names = [file.rfilename for file in about.siblings or []]
+        needed = snapshot.files_needed(names)
+        _refuse_unloadable(id, names, needed, allow_pickle=allow_pickle)
         download = partial(
             snapshot_download,
             id,
@@ -191,11 +194,13 @@ def fetch(ref: str, cache_dir: Path | None = None, *, allow_pickle: bool = False
     return model
 
 
-def _refuse_unloadable(id: str, needed: list[str], *, allow_pickle: bool) -> None:
+def _refuse_unloadable(id: str, names: list[str], needed: list[str], *, allow_pickle: bool) -> None:
     stem = snapshot.weights_stem(needed)
     if stem is None or snapshot.CONFIG not in needed:
         missing = "weights" if stem is None else snapshot.CONFIG
-        raise UserError(f"{id} cannot be loaded: the repository holds no {missing} for transformers")
+        other = other_weights(names)
+        what = other if other else f"no {missing} for transformers"
+        raise UserError(f"{id} cannot be loaded: the repository holds {what}")
     if stem == snapshot.PICKLE and not allow_pickle:
         raise UserError(
             f"{id} has pickle weights only, which can run any code when they are loaded",
@@ -237,7 +242,7 @@ def _near(id: str, ids: list[str]) -> str:
 
 
 def _commit(id: str, repo: _Repo, revision: str) -> str:
-    if revision in repo.refs:
+    if repo.refs.get(revision):
         return repo.refs[revision]
     commits = [commit for commit in repo.sizes if commit.startswith(revision.lower())]
     if len(commits) == 1:
@@ -278,7 +283,11 @@ def _damaged_repo(path: Path) -> _Repo:
     commits = [commit for commit in snapshots.iterdir() if commit.is_dir()] if snapshots.is_dir() else []
     return _Repo(
         path,
-        {str(ref.relative_to(refs)): ref.read_text().strip() for ref in refs.rglob("*") if ref.is_file()},
+        {
+            str(ref.relative_to(refs)): ref.read_text("utf-8", "replace").strip()
+            for ref in refs.rglob("*")
+            if ref.is_file()
+        },
         {commit.name: sum(f.stat().st_size for f in commit.rglob("*") if f.is_file()) for commit in commits},
     )
 
@@ -290,8 +299,10 @@ def _describe(id: str, repo: _Repo, commit: str, *, allow_pickle: bool, trust_re
     reason: str | None = None
     try:
         present = _files(folder)
+        other = None if _interrupted(repo) else other_weights(present, folder)
+        reason = other and f"holds {other}"
         config = snapshot.read_json(folder / snapshot.CONFIG)
-        reason = snapshot.unloadable(config, remote_code=trust_remote_code)
+        reason = reason or snapshot.unloadable(config, remote_code=trust_remote_code)
         weights = snapshot.weights(folder, present, config)
         if weights.pickle and not allow_pickle:
             reason = reason or "pickle weights only"
@@ -300,6 +311,7 @@ def _describe(id: str, repo: _Repo, commit: str, *, allow_pickle: bool, trust_re
     except DamagedError as damage:
         reason = reason or str(damage) + (" (download interrupted)" if _interrupted(repo) else "")
     sizes = snapshot.sizes(config)
+    sizes["context"] = context(config, sizes["context"])
     if sizes["n_layers"] is None:
         reason = reason or "config.json does not say how many layers there are"
     return CachedModel(
@@ -349,7 +361,8 @@ def _of_another_kind(repo: _Repo) -> bool:
         return False
     if not names or snapshot.CONFIG in names or _interrupted(repo):
         return False
-    return "cfg.json" in names or not snapshot.files_needed(names)
+    known = {"adapter_config.json"}.intersection(names) or any(name.endswith(".gguf") for name in names)
+    return "cfg.json" in names or not (snapshot.files_needed(names) or known)
 
 
 def _interrupted(repo: _Repo) -> bool:

@@ -285,6 +285,9 @@ def unloadable(config: Mapping[str, Any], *, remote_code: bool) -> str | None:
     causal = causal_types()
     if kind not in causal:
         return f"not a causal LM ({kind})" if kind in known_types() else f"unknown type: {kind}"
+    for field, part in (("return_dict", config), ("text_config.return_dict", text_config(config))):
+        if part.get("return_dict", True) is not True:  # what a model gives is then a tuple without names
+            return f"config.json has {field}: {json.dumps(part['return_dict'])}, where true is needed"
     if config.get("is_encoder_decoder") is True:
         return f"not a causal LM ({kind} is an encoder and a decoder)"
     accepted = [

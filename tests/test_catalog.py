@@ -145,7 +145,11 @@ CANNOT_RUN: dict[str, tuple[Callable[[Path], object], str]] = {
         no_weights(interrupted=True),
         "incomplete snapshot: it holds no weights (download interrupted)",
     ),
-    "other formats": (no_weights(**{"model.gguf": "GGUF"}), "incomplete snapshot: it holds no weights"),
+    "other formats": (
+        no_weights(**{"model.gguf": "GGUF"}),
+        "holds GGUF weights, as llama.cpp takes them (model.gguf), none that transformers loads",
+    ),
+    "outputs without names": (config(return_dict=False), "config.json has return_dict: false, where true is needed"),
     "pickles": (no_weights(**{"pytorch_model.bin": "PK"}), "pickle weights only"),
     "an index of nothing": (
         no_weights(**{"model.safetensors.index.json": "{}"}),
@@ -242,6 +246,10 @@ CAN_RUN: dict[str, Callable[[Path], object]] = {
     "pickles beside safetensors": lambda cache: add_model(cache, "org/tiny", files={"pytorch_model.bin": "PK"}),
     "a README that was lost": lambda cache: (add_model(cache, "org/tiny") / "README.md").symlink_to("nowhere"),
     "no ref, as after a fetch of a commit": lambda cache: add_model(cache, "org/tiny", refs=()),
+    "an empty ref": lambda cache: (
+        add_model(cache, "org/tiny"),
+        (cache / "models--org--tiny" / "refs" / "main").write_text(""),
+    ),
     "a ref with a newline": lambda cache: (
         add_model(cache, "org/tiny", revision=A),
         (cache / "models--org--tiny" / "refs" / "main").write_text(A + "\n"),

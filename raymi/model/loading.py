@@ -17,6 +17,7 @@ from raymi.model.config import REACHES, values, whole
 from raymi.model.engine import Capability, Engine, Way, measure_capability
 from raymi.model.hooked import HookedModel
 from raymi.model.linear import lay_out
+from raymi.model.rope import forget_lengths
 from raymi.model.stored import Stored, weight_files
 from raymi.model.unused import contradictions, unused, without_scale
 
@@ -98,6 +99,7 @@ def load(
     memory.give_back()  # what an earlier model has left is no part of what is in use
     before, started = memory.snapshot(where), time.perf_counter()
     raw, unexpected = _read(path, name or path.name, DTYPES[dtype], trust_remote_code, allow_pickle)
+    forget_lengths(raw)
     not_built = _check_rest(raw, unexpected, path, name or path.name, allow_unused)
     cast(nn.Module, raw).to(where)
     lay_out(raw)

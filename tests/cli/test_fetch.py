@@ -108,7 +108,7 @@ FAILURES = {
     "no weights": (
         "org/gguf",
         {},
-        "Error: org/gguf cannot be loaded: the repository holds no weights for transformers",
+        "Error: org/gguf cannot be loaded: the repository holds GGUF weights, as llama.cpp takes them",
     ),
     "no config": ("org/adapter", {}, "holds no config.json for transformers"),
     "no id at all": (

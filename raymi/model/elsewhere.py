@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raymi.model.heads_elsewhere import z_module
 from raymi.model.hooked import HookedModel
 from raymi.model.normalised import norm_among
 from raymi.model.sites import Block, NoSuchPlace, first_tensor, hidden_input
@@ -23,10 +24,10 @@ ENOUGH = 12
 
 
 @contextmanager
-def elsewhere(model: HookedModel, ids_1T: Tensor, layers: Sequence[int]) -> Iterator[None]:
+def elsewhere(model: HookedModel, ids_1T: Tensor, layers: Sequence[int], *, by_head: bool = False) -> Iterator[None]:
     """While inside, the places of some layers are those that are found here: `NoSuchPlace` says where there is none.
 
-    `attn.hook_z` is no module's, and stays where it is.
+    With `by_head` that goes for `attn.hook_z`, too. Where gates, norms or sinks leave no second place, it stays.
     """
     blocks = model.blocks
     model.blocks = [
@@ -34,6 +35,9 @@ def elsewhere(model: HookedModel, ids_1T: Tensor, layers: Sequence[int]) -> Iter
         for layer, block in enumerate(blocks)
     ]
     try:
+        for layer in {layer for layer in layers if by_head and model.blocks[layer].attention is not None}:
+            if (module := z_module(model, ids_1T[:, :ENOUGH], layer)) is not None:
+                model.blocks[layer].z, model.blocks[layer].z_by_module = module, True
         yield
     finally:
         model.blocks = blocks

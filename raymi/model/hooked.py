@@ -370,7 +370,8 @@ class HookedModel:
 
     def _has_z(self, layer: int, site: str) -> bool:
         """Whether a site is what raymi's attention function gives, whether a gate, a norm or experts come next."""
-        return site == BY_HEAD and self._calls_raymi and self.blocks[layer].attention is not None
+        block = self.blocks[layer]
+        return site == BY_HEAD and self._calls_raymi and block.attention is not None and not block.z_by_module
 
     def _place(self, layer: int, site: str) -> tuple[nn.Module, bool]:
         try:

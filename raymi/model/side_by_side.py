@@ -77,12 +77,12 @@ def heads_stand_there(
                 stack.callback(module.register_forward_pre_hook(note(layer), with_kwargs=True).remove)
             run(cuts)
         for row, layer in enumerate(layers, start=1):
-            if layer not in given or not _only_there(given[layer], row, len(cuts), n_tokens, n_heads(layer), of(layer)):
+            if layer not in given or not only_there(given[layer], row, len(cuts), n_tokens, n_heads(layer), of(layer)):
                 proven.discard(layer)
     return proven
 
 
-def _only_there(given: Tensor, row: int, n_rows: int, n_tokens: int, n_heads: int, head: int) -> bool:
+def only_there(given: Tensor, row: int, n_rows: int, n_tokens: int, n_heads: int, head: int) -> bool:
     if given.numel() % (n_rows * n_tokens * n_heads):
         return False
     z_BTHW = given.reshape(n_rows, n_tokens, n_heads, -1)

@@ -106,6 +106,8 @@ class Block:
     """The layer itself, where what it is given and gives is one tensor of [rows, positions, width]."""
     z: nn.Module | None = None
     """The attention's output projection: its input is z."""
+    z_by_module: bool = False
+    """Whether that goes for z although raymi's attention function gives it, too: for second opinions."""
     attn_out: nn.Module | None = None
     """Its output is what attention adds to the residual stream."""
     mlp_out: nn.Module | None = None

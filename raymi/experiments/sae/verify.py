@@ -23,7 +23,7 @@ from raymi.model.elsewhere import elsewhere
 from raymi.model.engine import Engine
 from raymi.model.full import Batch, Way
 from raymi.model.hooked import Cell, HookedModel
-from raymi.model.interventions import replace
+from raymi.model.interventions import BY_HEAD, replace
 from raymi.model.proof import Truth
 from raymi.model.sites import Site, parse
 from raymi.model.truth import in_float32
@@ -107,7 +107,7 @@ def _of_change(task: Task, change: Change) -> _Opinions:
     assert change.edit is not None
     ids_1T, cell = ids_of([change.prompt]), Cell(0, (change.edit,))
     [batch] = task.engine.ablations(ids_1T, [cell])
-    with elsewhere(task.engine.model, ids_1T, [change.edit.layer]):
+    with elsewhere(task.engine.model, ids_1T, [change.edit.layer], by_head=change.edit.site == BY_HEAD):
         return _Opinions(name(task.model_id, change), _beside(task, ids_1T, cell, batch))
 
 
@@ -148,7 +148,8 @@ def _of_splice(task: Task, prompt: TokenizedPrompt, ref: SaeRef) -> Iterator[_Op
 
     way: Way = "layers" if task.layers else "full"
     places = [parse(site, model.n_layers).layer for site in (ref.site, ref.written)]
-    with elsewhere(model, ids_1T, [layer for layer in places if layer is not None]):
+    by_head = any(site.endswith(BY_HEAD) for site in (ref.site, ref.written))
+    with elsewhere(model, ids_1T, [layer for layer in places if layer is not None], by_head=by_head):
         if is_beside_truth(task.engine):
             with in_float32(model):
                 true = second()

@@ -82,8 +82,20 @@ def config_of(model: CachedModel) -> Mapping[str, Any]:
 
 
 def has_rms_norms(model: CachedModel) -> bool:
-    """Whether its norms are RMS norms, which see the mean of what they are given: its weights cannot be centred."""
-    return any("rms" in key for key in config_of(model))
+    """Whether its norms are RMS norms, which see the mean of what they are given: its weights cannot be centred.
+
+    A config.json may leave out what is its family's default. Some families name the norm otherwise, which a loaded
+    model tells (`places.confirm_places`).
+    """
+    config = config_of(model)
+    return any("rms" in key for key in config) or _rms_by_default(str(config.get("model_type") or model.model_type))
+
+
+@lru_cache(maxsize=256)
+def _rms_by_default(model_type: str) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING and any("rms" in name for name in dir(CONFIG_MAPPING[model_type]))
 
 
 @lru_cache(maxsize=256)

@@ -20,6 +20,7 @@ from raymi.store import schemas
 from tests.fakes import add_files, add_saes, sae_files, safetensors, write_sae
 
 MODEL = CachedModel("org/tiny", "m" * 40, Path("/m"), "llama", 2, 4, 16, 32, 64, 1000, 4000, "float32", None)
+OF_LAYER_NORMS = replace(MODEL, model_type="gpt2")
 COMMIT = "c" * 40
 L0, L1 = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
 
@@ -185,10 +186,10 @@ def test_a_transcoder_is_pinned_with_what_it_predicts(cache: Path, tmp_path: Pat
 def test_what_a_layer_norm_gives_is_asked_for_where_versions_differ(cache: Path) -> None:
     add_transcoder(cache)
     with pytest.raises(UserError, match=rf"before version 3.*\nName it with `site: {NORMALISED}`.*`site: {FED}`"):
-        found(cache, spec("org/coders:x"))
+        found(cache, spec("org/coders:x"), model=OF_LAYER_NORMS)
     identities = list[list[object]]()
     for site in (NORMALISED, FED):
-        [ref] = found(cache, spec({"sae": "org/coders:x", "site": site}))
+        [ref] = found(cache, spec({"sae": "org/coders:x", "site": site}), model=OF_LAYER_NORMS)
         assert ref.site == site
         identities.append(ref.identity)
     assert identities[0] == [*identities[1], "before the norm's weights"]
@@ -268,13 +269,17 @@ def test_centred_weights_are_for_layer_norms(cache: Path, tmp_path: Path) -> Non
                 "model_from_pretrained_kwargs": {"center_writing_weights": True}}  # fmt: skip
     files = sae_files(L0, metadata=metadata)
     add_files(cache, "org/centred", {f"x/{name}": content for name, content in files.items()})
-    [ref] = found(cache, spec("org/centred:x"))
+    [ref] = found(cache, spec("org/centred:x"), model=OF_LAYER_NORMS)
     assert ref.centred
     assert ref.identity == [ref.name, ref.version, L0, None, None, "centred"]
     with_rms = stored_model(tmp_path, {}, {"rms_norm_eps": 1e-6})
     [ref] = found(cache, spec("org/centred:x"), model=with_rms)
     assert not ref.centred  # TransformerLens leaves the weights of such a model as they are
     assert ref.identity == [ref.name, ref.version, L0, None, None]
+    # What is the family's default may be left out of the config.
+    for family, centred in {"llama": False, "gpt2": True, "mistral": False, "gpt_neox": True, "own_code": True}.items():
+        [ref] = found(cache, spec("org/centred:x"), model=stored_model(tmp_path, {}, {"model_type": family}))
+        assert ref.centred == centred, family
 
 
 def test_another_checkpoint_of_the_model(cache: Path) -> None:
@@ -297,11 +302,11 @@ def test_rows_of_an_older_raymi_are_looked_up_again(cache: Path) -> None:
     files = sae_files(L0, metadata=metadata)
     add_files(cache, "org/centred", {f"x/{name}": content for name, content in files.items()})
     experiments = [spec("org/*"), spec("org/saes:a", measure="features")]
-    rows = schemas.rows("saes", resolve(experiments, MODEL, cache_dir=cache)).to_pylist()
+    rows = schemas.rows("saes", resolve(experiments, OF_LAYER_NORMS, cache_dir=cache)).to_pylist()
     old = [row | dict.fromkeys(OLD) for row in rows]
     add_saes(cache, "org/later", {"x": L0})  # that the pattern would match by now
     assert not any(map(is_current, old))
-    again = renewed(old, experiments, MODEL, cache_dir=cache)
+    again = renewed(old, experiments, OF_LAYER_NORMS, cache_dir=cache)
     assert schemas.rows("saes", again).to_pylist() == rows
     assert latest([*old, *again]) == again
     before = {(name, ref.name): ref.identity for name, its in refs(old).items() for ref in its}

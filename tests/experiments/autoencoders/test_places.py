@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from raymi.experiments.autoencoders.spec import SaeRef
 
 from raymi.errors import UserError
 from raymi.experiments.autoencoders.places import confirm_places, sees_mean
+from raymi.experiments.autoencoders.refs import SaeRef
 from raymi.model.hooked import HookedModel
 from tests.families import build
 

@@ -15,20 +15,10 @@ PROMPTS_SAID = 3
 """Of the prompts that a model can never measure, so many are said in full."""
 
 
-def alike(failures: "pl.DataFrame") -> "pl.DataFrame":
-    """One row for those that differ in nothing but the unit: model_id, stage, kind, message, n, attempts; the first of
-    each first, whose unit_id and failed_at it has.
-    """
-    import polars as pl
-
-    by = ["model_id", "revision", "stage", "kind", "message"]
-    return failures.group_by(by, maintain_order=True).agg(
-        pl.len().alias("n"), pl.col("attempts").max(), pl.col("unit_id", "failed_at").first()
-    )
-
-
 def lines(failures: "pl.DataFrame", width: int) -> Iterator[str]:
     """The list, folded to `width` characters; 0 folds nothing."""
+    from raymi.report.single import alike
+
     of_prompts: Counter[str] = Counter()
     for number, failure in enumerate(alike(failures).iter_rows(named=True), 1):
         if failure["stage"] == "prompt":

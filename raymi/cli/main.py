@@ -15,9 +15,11 @@ VERBS = {
     "models": "List the models in the Hugging Face cache and say which can run.",
     "fetch": "Download models into the cache.",
     "knockout": "Knock out attention in one place and print what changes.",
+    "validate": "Check a job file without loading a model.",
     "run": "Run a job file: the sweep.",
     "runs": "List the runs in a store.",
     "report": "Show a run's results as tables.",
+    "show": "Print one failure or one row whole.",
     "sae": "List, inspect and measure sparse autoencoders.",
 }
 """Each is the name of its module in `raymi.cli`."""

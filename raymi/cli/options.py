@@ -38,6 +38,20 @@ unused_option = click.option(
     help="Measure this model without the tensors that its files hold beyond its config.",
 )
 
+sets_option = click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Replaces a field of the job, such as experiments.0.layers=middle. Repeatable.",
+)
+
+_ALLOWING = (
+    click.option("--trust-remote-code", multiple=True, metavar="MODEL", help="Let this model run code of its own."),
+    click.option("--allow-pickle", multiple=True, metavar="MODEL", help="Load this model's pickled weights."),
+    unused_option,
+)
+
 _OF_RUNS = (
     store_option,
     cache_option,
@@ -62,11 +76,18 @@ _OF_RUNS = (
         help="Take N prompts only, drawn by the job's seed, in the same run. A larger N takes the same ones and more.",
     ),
     click.option("--dry-run", is_flag=True, help="Say what would be measured and what it would take."),
+    click.option("-q", "--quiet", is_flag=True, help="Say only what is wrong: no progress, and no report at the end."),
+    click.option("-v", "--verbose", is_flag=True, help="Say also what every replica does, and failures with tracebacks."),
     click.option("--inline", is_flag=True, help="Measure in this process, without Ray: for debugging."),
-    click.option("--trust-remote-code", multiple=True, metavar="MODEL", help="Let this model run code of its own."),
-    click.option("--allow-pickle", multiple=True, metavar="MODEL", help="Load this model's pickled weights."),
-    unused_option,
+    *_ALLOWING,
 )
+
+
+def allow_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What is allowed of single models that is not of all."""
+    for option in reversed(_ALLOWING):
+        command = option(command)
+    return command
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import raymi.store
-from raymi.cli.options import run_options
+from raymi.cli.options import run_options, sets_option
 from raymi.cli.text import size, table, terminal_width
 from raymi.errors import UserError, told
 
 if TYPE_CHECKING:
+    from raymi.cluster.progress import Words
     from raymi.cluster.sweep import Order, Result
     from raymi.job import Job
     from raymi.store.reader import Store
@@ -35,6 +36,23 @@ class How:
     allow_unused: tuple[str, ...]
     limit: int | None
     sample: int | None
+    quiet: bool
+    verbose: bool
+
+    def __post_init__(self) -> None:
+        for one, other in (("--quiet", "--verbose"), ("--inline", "--address"), ("--limit", "--sample")):
+            first, second = (getattr(self, option[2:]) for option in (one, other))
+            if first not in (None, False) and second not in (None, False):
+                raise UserError(f"{one} and {other}: allowed: one of the two", hint=_NOT_BOTH.get(one))
+
+    @property
+    def words(self) -> "Words":
+        """How much is said."""
+        return "few" if self.quiet else "many" if self.verbose else "usual"
+
+
+_NOT_BOTH = {"--inline": "--inline measures in this process, on this machine; --address on the nodes of a cluster."}
+
 
 
 @click.command()
@@ -44,7 +62,7 @@ class How:
 @click.option(
     "--engine", type=click.Choice(["auto", "full"]), help="full: one full forward an ablation, nothing reused."
 )
-@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Replaces a field of the job. Repeatable.")
+@sets_option
 @run_options
 def command(
     job_path: Path,
@@ -81,7 +99,7 @@ def run_file(path: Path, how: How, *, models: Sequence[str], sets: Sequence[str]
     Raises:
         UserError: bad input.
     """
-    job = _job(path, sets, {field: value for field, value in fields.items() if value}, models)
+    job = read_job(path, sets, {field: value for field, value in fields.items() if value}, models)
     return run_job(job, path.read_text(), how)
 
 
@@ -113,20 +131,20 @@ def run_job(job: "Job", written: str, how: How) -> int:
         unused=frozenset(how.allow_unused),
         download=how.download,
     )
-    _warn_of_answers(job)
+    warn_of_answers(job)
     few, left_out = Few(how.limit, how.sample).of(job)
     for said in left_out:
         click.echo(said, err=True)
     name = _run_name(store, job, new=how.new)
-    order = Order(few, written, name, cache, how.address, how.inline, whole=None if few is job else job)
+    order = Order(few, written, name, cache, how.address, how.inline, None if few is job else job, how.words)
     if how.dry_run:
         return _rehearse(order, store)
     result = sweep(order, store)
-    _show(order, store, how.store_uri, result)
+    _show(order, store, how.store_uri, result, quiet=how.quiet)
     return _exit_code(result)
 
 
-def _warn_of_answers(job: "Job") -> None:
+def warn_of_answers(job: "Job") -> None:
     """Says of answers that run on from their prompts' last words, before anything is measured."""
     from raymi.answers import without_blank
 
@@ -136,7 +154,7 @@ def _warn_of_answers(job: "Job") -> None:
         click.echo(f"warning: {said}", err=True)
 
 
-def _job(path: Path, sets: Sequence[str], given: dict[str, str], models: Sequence[str]) -> "Job":
+def read_job(path: Path, sets: Sequence[str], given: dict[str, str], models: Sequence[str]) -> "Job":
     """The job as the command line changes it; `given` are fields that have an option of their own."""
     from raymi.job import Models, load_job
 
@@ -207,17 +225,19 @@ def _exit_code(result: "Result") -> int:
     return 1 if result.failed else 0
 
 
-def _show(order: "Order", store: "Store", store_uri: str, result: "Result") -> None:
+def _show(order: "Order", store: "Store", store_uri: str, result: "Result", *, quiet: bool) -> None:
     """What was found, what failed, and the line to type next."""
     from raymi.cli.report import lines
     from raymi.report import tables
 
     for each in result.rejected:
-        if not each.named:
+        if not each.named and not quiet:
             click.echo(f"skipped {each.model_id}: {each.reason}", err=True)
     if result.ending.interrupted:
         click.echo(f"\nInterrupted; what was measured is in {store_uri}. The same command goes on:", err=True)
         click.echo(f"  {_command_line()}", err=True)
+        return
+    if quiet:
         return
     if result.started or result.failed:
         click.echo()

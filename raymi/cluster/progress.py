@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
@@ -24,6 +24,10 @@ class Display(Protocol):
         """Something happened."""
         ...
 
+    def detail(self, line: str) -> None:
+        """Something happened that most do not want to know."""
+        ...
+
     def update(self, statuses: Mapping[str, Status]) -> None:
         """Where every model stands now; called often."""
         ...
@@ -34,28 +38,39 @@ class Display(Protocol):
     ) -> None: ...
 
 
-def display(before: Mapping[str, int]) -> Display:
+Words = Literal["few", "usual", "many"]
+"""How much is said: what is wrong; how far each model is, too; and what every replica does."""
+
+
+def display(before: Mapping[str, int], words: Words = "usual") -> Display:
     """The display for this terminal, or for none.
 
     Args:
         before: how much of each model was measured by earlier commands.
+        words: how much it says.
     """
     console = Console(file=outlet.controls())
-    return Bars(console, before) if console.is_terminal else Lines(before)
+    return Bars(console, before, words) if console.is_terminal and words != "few" else Lines(before, words)
 
 
 class Lines:
     """A line whenever a model comes into another phase, and one per running model every ten seconds."""
 
-    def __init__(self, before: Mapping[str, int]) -> None:
-        self._before = before
+    def __init__(self, before: Mapping[str, int], words: Words = "usual") -> None:
+        self._before, self._words = before, words
         self._phases: dict[str, Phase] = {}
         self._next = 0.0
 
     def say(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)  # noqa: T201
 
+    def detail(self, line: str) -> None:
+        if self._words == "many":
+            self.say(line)
+
     def update(self, statuses: Mapping[str, Status]) -> None:
+        if self._words == "few":
+            return
         due = time.monotonic() >= self._next
         for key, status in statuses.items():
             changed = self._phases.get(key, "waiting") != status.phase
@@ -75,8 +90,8 @@ class Lines:
 class Bars:
     """A bar per model."""
 
-    def __init__(self, console: Console, before: Mapping[str, int]) -> None:
-        self._before = before
+    def __init__(self, console: Console, before: Mapping[str, int], words: Words = "usual") -> None:
+        self._before, self._words = before, words
         self._tasks: dict[str, TaskID] = {}
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
@@ -88,6 +103,10 @@ class Bars:
 
     def say(self, line: str) -> None:
         self._progress.console.print(outlet.clean(line), markup=False, highlight=False)
+
+    def detail(self, line: str) -> None:
+        if self._words == "many":
+            self.say(line)
 
     def update(self, statuses: Mapping[str, Status]) -> None:
         for key, status in statuses.items():

@@ -208,6 +208,8 @@ class _Record:
         what = f"unit {failure.unit_id}" if failure.unit_id else trouble.stage
         again = "" if trouble.final else "; it is tried again"
         self._display.say(told(trouble.model, what, failure.kind, _first_line(failure.message)) + again)
+        if failure.traceback:
+            self._display.detail(failure.traceback.rstrip())
 
     def _keep(self, trouble: Trouble) -> None:
         failure, model = trouble.failure, self._agenda.models[trouble.model]
@@ -229,6 +231,8 @@ class _Record:
 
     def _note(self, note: Note) -> None:
         self._event(note.model, note.what, " ".join(filter(None, [_replica(note), note.detail])))
+        if note.what != "lost":
+            self._display.detail(f"{note.model}: " + " ".join(filter(None, [note.what, _replica(note), note.detail])))
         if note.what == "lost":
             self._display.say(f"{note.model}: replica lost: {note.detail}")
         elif note.what == "done":

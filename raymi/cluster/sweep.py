@@ -13,7 +13,7 @@ from raymi.cluster.agenda import Agenda, done_units, settled, stored
 from raymi.cluster.frozen import Cache, Choice, choose, freeze_prompts
 from raymi.cluster.inline import InlineBackend
 from raymi.cluster.messages import Backend
-from raymi.cluster.progress import display
+from raymi.cluster.progress import Words, display
 from raymi.cluster.runner import Ending, Interrupts, drive
 from raymi.cluster.worker import Worker
 from raymi.job import Job
@@ -50,6 +50,9 @@ class Order:
     inline: bool = False
     whole: Job | None = None
     """The job as it was issued, where `job` has a few of its prompts (`raymi.few`)."""
+
+    words: Words = "usual"
+    """How much is said while it goes on."""
 
     @property
     def issued(self) -> Job:
@@ -124,7 +127,7 @@ def sweep(order: Order, store: Store) -> Result:
             nodes = _start(stack, choice)
         backend = _backend(order, agenda, nodes)
         # Ray installs handlers of its own when it starts: ours come after.
-        with Interrupts() as interrupts, display(agenda.before) as shown:
+        with Interrupts() as interrupts, display(agenda.before, order.words) as shown:
             ending = drive(run, agenda, backend, shown, interrupts)
             return _close(run, Result(ending, choice.rejected, started=True))
 

@@ -69,6 +69,13 @@ class CachedModel:
         return self.reason is None
 
     @property
+    def refused(self) -> str | None:
+        """`reason`, with the option that allows it all the same where there is one."""
+        option = {"pickle weights only": "--allow-pickle", "needs remote code": "--trust-remote-code"}
+        found = option.get(self.reason or "")
+        return f"{self.reason} ({found} {self.id} allows it)" if found else self.reason
+
+    @property
     def damaged(self) -> bool:
         """Whether files are missing or spoilt, which `fetch` mends."""
         return (self.reason or "").startswith(("incomplete", "truncated", "corrupt"))

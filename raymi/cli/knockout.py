@@ -3,7 +3,7 @@
 import gc
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +14,8 @@ import click
 
 from raymi import catalog
 from raymi.catalog import CachedModel
+from raymi.cli.allowed import check, ids
+from raymi.cli.completion import MODEL
 from raymi.cli.knockout_text import comparison, header, lines
 from raymi.cli.options import cache_option, unused_option
 from raymi.cli.question import Question, plain
@@ -29,7 +31,7 @@ PROMPT, ANSWER = "The capital of France is", " Paris"
 
 
 @click.command()
-@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@click.argument("models", nargs=-1, metavar="[MODEL]...", type=MODEL)
 @click.option("--prompt", help=f'The text to continue. Default: "{PROMPT}".')
 @click.option("--answer", help=f'What should follow, with its leading blank. Default: "{ANSWER}", without --prompt.')
 @click.option("--wrong", help="Another answer; the difference between the two is measured as well.")
@@ -90,13 +92,15 @@ def command(
     answer = ANSWER if prompt is None and answer is None else answer
     question = Question(prompt=PROMPT if prompt is None else prompt, answer=answer, **options)
     job = question.job(models or ("*",))
-    allowed = {"trust_remote_code": _ids(trusted), "allow_pickle": _ids(pickled)}
+    given = {"--trust-remote-code": trusted, "--allow-pickle": pickled, "--allow-unused": allow_unused}
+    check(given, models or ("*",), cache_dir)
+    allowed = {"trust_remote_code": ids(trusted), "allow_pickle": ids(pickled)}
     chosen, rejected = _selected(job, cache_dir, allowed)
     check_device(job.device)
     if output is not None:
         with _replacing(output):
             pass  # better to fail now than after the first model
-    session = _Session(question, job, allowed | {"allow_unused": _ids(allow_unused)}, output)
+    session = _Session(question, job, allowed | {"allow_unused": ids(allow_unused)}, output)
     try:
         for model in chosen:
             session.measure(model)
@@ -110,10 +114,6 @@ def command(
     _list("Cannot run", {each.model_id: each.reason for each in rejected if not each.named})
     if failed:
         ctx.exit(1 if session.records or session.broke else UserError.exit_code)
-
-
-def _ids(references: Sequence[str]) -> frozenset[str]:
-    return frozenset(reference.partition("@")[0] for reference in references)
 
 
 def _selected(

@@ -9,12 +9,13 @@ import click
 
 from raymi import catalog
 from raymi.catalog import CachedModel
+from raymi.cli.completion import MODEL
 from raymi.cli.options import cache_option
 from raymi.cli.text import count, size, table, terminal_width
 
 
 @click.command()
-@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@click.argument("models", nargs=-1, metavar="[MODEL]...", type=MODEL)
 @cache_option
 @click.option("--json", "as_json", is_flag=True, help="Everything known of each model, as a JSON list.")
 def command(models: tuple[str, ...], cache_dir: Path | None, as_json: bool) -> None:
@@ -48,7 +49,7 @@ def _show(models: list[CachedModel]) -> None:
     if stopped:
         click.echo("\nCannot run:")
     for model in stopped:
-        click.echo(fill(f"  {model.id}: {model.reason}", width or 10_000, subsequent_indent="    "))
+        click.echo(fill(f"  {model.id}: {model.refused}", width or 10_000, subsequent_indent="    "))
     beside = [model for model in models if model.runnable and model.not_built]
     if beside:
         click.echo("\nStored beside the language model, and not built:")

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from raymi.cli.caches import usual
+from raymi.cli.completion import MODEL
 from raymi.store import DEFAULT, ENVVAR
 
 store_option = click.option(
@@ -35,7 +36,16 @@ unused_option = click.option(
     "--allow-unused",
     multiple=True,
     metavar="MODEL",
+    type=MODEL,
     help="Measure this model without the tensors that its files hold beyond its config.",
+)
+
+models_option = click.option(
+    "--models",
+    multiple=True,
+    metavar="ID",
+    type=MODEL,
+    help="Models or patterns, in place of the job's. Repeatable.",
 )
 
 sets_option = click.option(
@@ -47,8 +57,10 @@ sets_option = click.option(
 )
 
 _ALLOWING = (
-    click.option("--trust-remote-code", multiple=True, metavar="MODEL", help="Let this model run code of its own."),
-    click.option("--allow-pickle", multiple=True, metavar="MODEL", help="Load this model's pickled weights."),
+    click.option(
+        "--trust-remote-code", multiple=True, metavar="MODEL", type=MODEL, help="Let this model run its own code."
+    ),
+    click.option("--allow-pickle", multiple=True, metavar="MODEL", type=MODEL, help="Load its pickled weights."),
     unused_option,
 )
 
@@ -77,7 +89,7 @@ _OF_RUNS = (
     ),
     click.option("--dry-run", is_flag=True, help="Say what would be measured and what it would take."),
     click.option("-q", "--quiet", is_flag=True, help="Say only what is wrong: no progress, and no report at the end."),
-    click.option("-v", "--verbose", is_flag=True, help="Say also what every replica does, and failures with tracebacks."),
+    click.option("-v", "--verbose", is_flag=True, help="Say also what every replica does, and tracebacks."),
     click.option("--inline", is_flag=True, help="Measure in this process, without Ray: for debugging."),
     *_ALLOWING,
 )

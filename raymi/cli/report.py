@@ -9,6 +9,7 @@ import click
 
 import raymi.store
 from raymi.cli import failures_text
+from raymi.cli.completion import RUN
 from raymi.cli.effects_text import by_head, by_layer, strongest
 from raymi.cli.options import store_option
 from raymi.cli.sae_text import sections
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("run", required=False)
+@click.argument("run", required=False, type=RUN)
 @store_option
 @click.option("--json", "as_json", is_flag=True, help="The tables as JSON.")
 @click.option("--all", "everything", is_flag=True, help="Count also the prompts that the job has no longer.")

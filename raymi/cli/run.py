@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import raymi.store
-from raymi.cli.options import run_options, sets_option
+from raymi.cli.allowed import check, ids
+from raymi.cli.options import models_option, run_options, sets_option
 from raymi.cli.text import size, table, terminal_width
 from raymi.errors import UserError, told
 
@@ -54,10 +55,9 @@ class How:
 _NOT_BOTH = {"--inline": "--inline measures in this process, on this machine; --address on the nodes of a cluster."}
 
 
-
 @click.command()
 @click.argument("job_path", metavar="JOB.yaml", type=click.Path(path_type=Path))
-@click.option("--models", multiple=True, metavar="ID", help="Models or patterns, in place of the job's. Repeatable.")
+@models_option
 @click.option("--device", help="auto, cpu, cuda or mps, in place of the job's.")
 @click.option(
     "--engine", type=click.Choice(["auto", "full"]), help="full: one full forward an ablation, nothing reused."
@@ -124,11 +124,18 @@ def run_job(job: "Job", written: str, how: How) -> int:
     if how.inline and not how.dry_run:
         _check_device(job.device)
     store = raymi.store.open(how.store_uri)
+    given = {
+        "--trust-remote-code": how.trust_remote_code,
+        "--allow-pickle": how.allow_pickle,
+        "--allow-unused": how.allow_unused,
+    }
+    if not how.address:  # the nodes of a cluster have caches of their own
+        check(given, job.models.include, how.cache_dir, download=how.download)
     cache = Cache(
         how.cache_dir,
-        remote_code=frozenset(how.trust_remote_code),
-        pickle=frozenset(how.allow_pickle),
-        unused=frozenset(how.allow_unused),
+        remote_code=ids(how.trust_remote_code),
+        pickle=ids(how.allow_pickle),
+        unused=ids(how.allow_unused),
         download=how.download,
     )
     warn_of_answers(job)

@@ -10,6 +10,7 @@ import click
 import yaml
 
 from raymi import catalog
+from raymi.cli.completion import MODEL, SAE
 from raymi.cli.options import cache_option, run_options, target_option
 from raymi.cli.sae_question import MEASURES, Question, job_of, own_models
 from raymi.cli.text import count, table, terminal_width
@@ -54,7 +55,7 @@ def list_(where: str | None, cache_dir: Path | None, as_json: bool) -> None:
 
 
 @command.command()
-@click.argument("where")
+@click.argument("where", type=SAE)
 @cache_option
 @_json_option
 def inspect(where: str, cache_dir: Path | None, as_json: bool) -> None:
@@ -99,8 +100,10 @@ def fetch(where: str, cache_dir: Path | None) -> None:
 
 
 @command.command()
-@click.argument("saes", nargs=-1, required=True, metavar="SAE...")
-@click.option("--model", "models", multiple=True, metavar="ID", help="Default: the one each SAE was trained on.")
+@click.argument("saes", nargs=-1, required=True, metavar="SAE...", type=SAE)
+@click.option(
+    "--model", "models", multiple=True, metavar="ID", type=MODEL, help="Default: the one each SAE was trained on."
+)
 @click.option(
     "--measure",
     "measures",

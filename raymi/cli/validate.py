@@ -1,11 +1,13 @@
 """`raymi validate`: whether a job is right, before anything is loaded."""
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from raymi.cli.options import allow_options, cache_option, sets_option
+from raymi.cli.allowed import check, ids
+from raymi.cli.options import allow_options, cache_option, models_option, sets_option
 from raymi.cli.run import read_job, warn_of_answers
 from raymi.cli.text import plural, table, terminal_width
 from raymi.errors import UserError, told
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("job_path", metavar="JOB.yaml", type=click.Path(path_type=Path))
-@click.option("--models", multiple=True, metavar="ID", help="Models or patterns, in place of the job's. Repeatable.")
+@models_option
 @sets_option
 @cache_option
 @allow_options
@@ -49,7 +51,13 @@ def command(
     job = read_job(job_path, sets, {}, models)
     warn_of_answers(job)
     click.echo(f"{job_path} is a valid job: {', '.join(_counts(job))}; its run is called {job.run_name}")
-    cache = Cache(cache_dir, frozenset(trust_remote_code), frozenset(allow_pickle), frozenset(allow_unused))
+    given = {
+        "--trust-remote-code": trust_remote_code,
+        "--allow-pickle": allow_pickle,
+        "--allow-unused": allow_unused,
+    }
+    check(given, job.models.include, cache_dir)
+    cache = Cache(cache_dir, ids(trust_remote_code), ids(allow_pickle), ids(allow_unused))
     rows: list[list[str]] = []
     failed: list[str] = []
     try:
@@ -60,7 +68,9 @@ def command(
                 rows.append([key, f"{len(left):,}", f"{sum(unit.n_ablations for unit in left):,}"])
     except UserError as error:
         click.echo(f"\nnot checked on any model: {error}", err=True)
-        return int(any(not set("*?[") & set(each) for each in job.models.include))
+        wanted = job.models.include
+        there = any(fnmatchcase(model.id, each) for model in cache.scan() for each in wanted)
+        return int(there or any(not set("*?[") & set(each) for each in wanted))
     if rows:
         click.echo(
             "\n" + "\n".join(table(("model", "units", "to measure"), rows, right=(1, 2), width=terminal_width()))

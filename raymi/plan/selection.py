@@ -65,8 +65,8 @@ def _means(pattern: str, model: CachedModel) -> bool:
 
 
 def _refusal(job: Job, model: CachedModel, *, named: bool) -> Rejected | None:
-    if model.reason is not None:
-        return Rejected(model.id, model.reason, named)
+    if model.refused is not None:
+        return Rejected(model.id, model.refused, named)
     limit = job.models.max_parameters
     if limit is not None and (model.parameters is None or model.parameters > limit):
         size = "an unknown number of" if model.parameters is None else f"{model.parameters:,}"

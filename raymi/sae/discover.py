@@ -122,7 +122,7 @@ def fetch(where: str, *, cache_dir: Path | None = None) -> Description:
     repo, _, revision = place.partition("@")
     path = path.strip("/")
     if hint := why_none(place):
-        raise UserError(f"{where!r} names no repository", hint=f"{hint} Allowed: REPO[@REVISION]:PATH.")
+        raise UserError(f"{where} names no repository", hint=f"{hint} Allowed: REPO[@REVISION]:PATH.")
     wanted = [f"{path}/*", path, "config.json"] if path else None
     try:
         snapshot_download(repo, revision=revision or None, cache_dir=cache_dir, allow_patterns=wanted)

@@ -86,7 +86,14 @@ class Agenda:
         models: Mapping[str, CachedModel],
     ) -> None:
         self.job, self.former, self.models = job, former, dict(models)
-        self._generations, self._rule, self._done = manifest.generations, CutRule(**manifest.cut_rule), done
+        self._generations, self._done = manifest.generations, done
+        try:
+            self._rule = CutRule(**manifest.cut_rule)
+        except TypeError:
+            raise UserError(
+                f"the manifest of the run {manifest.run} says how units are cut in words that this raymi does not know",
+                hint="A newer raymi wrote it, or it is damaged. Another run (--new) has a rule of its own.",
+            ) from None
         self.prompts = {prompt.id: prompt for prompt in job.prompts}
         of_job = manifest.jobs[-1].resolved["prompts"] if manifest.jobs else ()
         self._issued = self.prompts.keys() | {prompt["id"] for prompt in of_job}

@@ -121,15 +121,29 @@ def freeze_prompts(job: Job, manifest: Manifest, settled: Mapping[str, Prompt]) 
                 hint="Give it another id, or start another run with --new.",
             )
     ids = {prompt.id: prompt for prompt in job.prompts}
-    issued = [prompt for issue in manifest.jobs for prompt in _prompts(issue)]
+    issued = [prompt for issue in manifest.jobs for prompt in _prompts(issue, manifest)]
     # One that was mended would change the units of those that it came with.
     mended = {each.id for each in issued if each.id not in settled and ids.get(each.id, each) != each}
     manifest.generations = [kept for each in manifest.generations if (kept := [p for p in each if p not in mended])]
     manifest.add_prompts(ids)
     known = {**{prompt.id: prompt for prompt in issued}, **settled}
-    frozen = (prompt_id for generation in manifest.generations for prompt_id in generation)
+    frozen = [prompt_id for generation in manifest.generations for prompt_id in generation]
+    if lost := [prompt_id for prompt_id in frozen if prompt_id not in known and prompt_id not in ids]:
+        raise _damaged(manifest, f"no job of the run has the prompt {quoted(lost[0])}")
     return tuple(known[prompt_id] for prompt_id in frozen if prompt_id not in ids)
 
 
-def _prompts(issue: Issue) -> Sequence[Prompt]:
-    return [Prompt(**prompt) for prompt in issue.resolved["prompts"]]
+def _prompts(issue: Issue, manifest: Manifest) -> Sequence[Prompt]:
+    try:
+        return [Prompt(**prompt) for prompt in issue.resolved["prompts"]]
+    except (KeyError, TypeError):
+        raise _damaged(
+            manifest, f"the prompts of the job issued at {issue.issued_at:%Y-%m-%d %H:%M:%S} are none"
+        ) from None
+
+
+def _damaged(manifest: Manifest, why: str) -> UserError:
+    return UserError(
+        f"the manifest of the run {manifest.run} is damaged: {why}",
+        hint="Put back a good copy of it, or start another run with --new.",
+    )

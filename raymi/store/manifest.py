@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 import raymi
 from raymi.errors import UserError
@@ -37,6 +37,32 @@ class Issue(BaseModel):
     """The job file's own text."""
     resolved: dict[str, Any]
     """Every field, defaults included."""
+
+    @field_validator("resolved")
+    @classmethod
+    def _has_what_is_looked_up(cls, resolved: dict[str, Any]) -> dict[str, Any]:
+        _Looked.model_validate(resolved)
+        return resolved
+
+
+class _LookedPrompt(BaseModel, extra="forbid"):
+    id: str
+    text: str = ""
+    answer: str | None = None
+    wrong: str | None = None
+    subject: str | None = None
+
+
+class _LookedExperiment(BaseModel):
+    name: str
+    measure: str | None = None
+
+
+class _Looked(BaseModel):
+    """What is looked up in the jobs of a manifest, which may have been damaged."""
+
+    prompts: list[_LookedPrompt] = []
+    experiments: list[_LookedExperiment] = []
 
 
 class Driver(BaseModel):
@@ -78,7 +104,7 @@ class Manifest(BaseModel):
     """One for each command that brought a job other than the one before."""
     taken: int | None = None
     """How many of the job's prompts the last command took, where that was a few of them; None: all."""
-    cut_rule: dict[str, Any] = {}
+    cut_rule: dict[str, int] = {}
     """How units are cut: frozen by the first command."""
     commits: dict[str, str] = {}
     """Model id -> revision, frozen when first seen."""

@@ -201,3 +201,15 @@ def test_the_manifest_says_what_a_run_needs_to_be_made_again(store: Store) -> No
 def test_opening_a_store_makes_nothing(tmp_path: Path) -> None:
     assert raymi.store.open(str(tmp_path / "none")).runs() == []
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("field", ["created_at", "status_at", "hardware", "driver.started_at", "driver.token"])
+def test_what_a_manifest_lacks_is_not_waited_for(store: Store, field: str) -> None:
+    with take(store) as run:
+        add_units(run, "u1")
+    path = Path(str(store)) / "runs" / "heads-1a2b3c4d" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    within, _, name = field.rpartition(".")
+    del (manifest[within] if within else manifest)[name]
+    path.write_text(json.dumps(manifest))
+    assert store.scan("ablations", "heads-1a2b3c4d").collect().height == 3

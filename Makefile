@@ -14,6 +14,8 @@ BENCH_SAES ?= $(filter --quick,$(BENCH))
 BENCH_RUN ?=
 # Options of `python -m tests.conformance`: --write, or types by name.
 CONFORMANCE ?=
+# Options of `python -m tests.fuzz`, such as `-n 20000 prompts`.
+FUZZ ?=
 # Options of `make gpu`: the device, options of `python -m benchmarks.gpu`, the Python it runs in, and that one's version.
 DEVICE ?= cuda
 GPU ?=
@@ -26,7 +28,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 UNREACHED = { echo 'raymi could not be installed: see above what pip could not reach, and from where.' >&2; exit 1; }
 CACHE = $${RAYMI_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/raymi}
 
-.PHONY: help venv demo models test lint bench bench-run gpu gpu-wheels oracle conformance clean
+.PHONY: help venv demo models test lint bench bench-run gpu gpu-wheels oracle conformance fuzz clean
 .NOTPARALLEL:
 
 help:
@@ -35,6 +37,7 @@ help:
 	@echo 'make oracle  only the tests that compare with computations that are not raymi'"'"'s'
 	@echo 'make conformance  a tiny model of every causal type of transformers, against what it and plain hooks compute;'
 	@echo '             four minutes; CONFORMANCE=--write records what was found in tests/conformance/types.tsv'
+	@echo 'make fuzz    spoilt files of every kind, a thousand each: nothing may crash, hang or take much memory'
 	@echo 'make lint    formatting, lint, types, and which room may import which'
 	@echo 'make bench   raymi and its peers side by side'
 	@echo 'make bench-run  what a whole run of 100,000 ablations adds to measuring them; ten minutes'
@@ -91,6 +94,9 @@ oracle: $(VENV)/.test
 
 conformance: $(VENV)/.test
 	$(BIN)/python -m tests.conformance --processes $(PROCESSES) $(CONFORMANCE)
+
+fuzz: $(VENV)/.test
+	$(BIN)/python -m tests.fuzz --keep $(FUZZ)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check

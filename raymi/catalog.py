@@ -349,7 +349,7 @@ def _files(folder: Path) -> set[str]:
     try:
         with os.scandir(folder) as entries:
             there = {entry.name: entry.is_file() for entry in entries}
-    except OSError:
+    except (OSError, ValueError):
         raise DamagedError("incomplete snapshot: its folder is missing") from None
     lost = [name for name in snapshot.files_needed(there) if not there[name]]
     if lost:
@@ -364,7 +364,7 @@ def _of_another_kind(repo: _Repo) -> bool:
     """
     try:
         names = [path.name for path in repo.snapshot(repo.main()).iterdir()]
-    except OSError:
+    except (OSError, ValueError):  # no ref tells of a folder
         return False
     if not names or snapshot.CONFIG in names or _interrupted(repo):
         return False

@@ -9,13 +9,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo, model_validator
 
-from raymi.errors import UserError, quoted
+from raymi import paths
+from raymi.errors import HALF, UserError, quoted
 from raymi.fields import Fields, near, problem
 from raymi.prompts import Bos, Prompt, TokenizedPrompt, Tokenizer, display, tokenize
+from raymi.rowfiles import UNREADABLE, json_rows, parquet_rows
 
 _TOGETHER = 64
 """Documents that are tokenised at one time: no more of a large file than its first chunks need."""
@@ -57,7 +58,7 @@ class Corpus(Fields):
             raise problem(f"found {str(self.file)!r}; allowed: a file that ends in {', '.join(_READERS)}", "file")
         if path.suffix == ".txt" and self.field != "text":
             raise problem("is for JSONL and Parquet; a text file is one document", "field")
-        if not path.is_file():
+        if not paths.is_file(path):
             raise problem(f"there is no file {str(path)!r}", "file")
         documents, digest = read_documents(path, self.field)
         if self.sha256 not in (None, digest):
@@ -145,7 +146,7 @@ def read_documents(path: Path, field: str = "text") -> tuple[tuple[str, ...], st
         texts = tuple(text for text in _READERS[path.suffix](path, field) if text.strip())
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     if not texts:
         raise UserError(f"{path}: holds no text")
@@ -157,25 +158,16 @@ def _txt(path: Path, _field: str) -> Iterator[str]:
 
 
 def _jsonl(path: Path, field: str) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    message = f"{path}:{number}: is no JSON: {error.msg} at column {error.colno}"
-                    raise UserError(message) from None
-                yield _field(f"{path}:{number}", row, field)
+    for number, row in json_rows(path):
+        yield _field(f"{path}:{number}", row, field)
 
 
 def _parquet(path: Path, field: str) -> Iterator[str]:
-    with pq.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        if field not in names:
-            raise UserError(f"{path}: has no column {field!r}{near(field, names)}", hint=f"It has {', '.join(names)}.")
-        rows = (row for batch in file.iter_batches(columns=[field]) for row in batch.to_pylist())
-        for number, row in enumerate(rows, 1):
-            yield _field(f"{path}:row {number}", row, field)
+    names: list[str] = pq.read_schema(path).names
+    if field not in names:
+        raise UserError(f"{path}: has no column {field!r}{near(field, names)}", hint=f"It has {', '.join(names)}.")
+    for number, row in enumerate(parquet_rows(path, lambda name: name == field), 1):
+        yield _field(f"{path}:row {number}", row, field)
 
 
 _READERS: Mapping[str, Callable[[Path, str], Iterator[str]]] = {".jsonl": _jsonl, ".parquet": _parquet, ".txt": _txt}
@@ -190,6 +182,8 @@ def _field(place: str, row: object, field: str) -> str:
     text = row[field]
     if not isinstance(text, str):
         raise UserError(f"{place}: {field}: found {quoted(text)}; allowed: text")
+    if HALF.search(text):
+        raise UserError(f"{place}: {field}: found half of a surrogate pair; allowed: text")
     return text
 
 

@@ -1,5 +1,6 @@
 """What is shown to people when something is their mistake, or the machine's, rather than raymi's."""
 
+import re
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any, cast
@@ -27,6 +28,10 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.what}\n{self.hint}" if self.hint else self.what
+
+
+HALF = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair, which is no text: it can be written neither to a file nor to a terminal."""
 
 
 def quoted(value: object) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from raymi.errors import MOST_QUOTED, quoted
+from raymi.errors import HALF, MOST_QUOTED, quoted
 
 _MOST_LINES = 20
 """Of what is wrong at one time, so much is said."""
@@ -35,6 +35,9 @@ class Fields(BaseModel):
                 (f"unknown field; allowed: {', '.join(fields)}{meant}", (key,))
                 for key, meant in zip_longest(unknown, likely, fillvalue="")
             )
+        broken = [key for key, value in data.items() if isinstance(value, str) and HALF.search(value)]  # pyright: ignore[reportUnknownVariableType]
+        if broken:
+            raise problems(("found half of a surrogate pair; allowed: text", (key,)) for key in broken)
         return data  # pyright: ignore[reportUnknownVariableType]
 
 

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from raymi import paths
+
 _NAME = r"(?!\.)[\w.-]{1,96}"
 _ID = re.compile(f"({_NAME}/)?{_NAME}", re.ASCII)
 _LINK = re.compile(r"(?:https?://|hf://)?(?:[\w.-]+\.\w+/|hf://)((?:models/)?[\w.-]+/[\w.-]+)(?:[/?#].*)?", re.ASCII)
@@ -11,7 +13,7 @@ _LINK = re.compile(r"(?:https?://|hf://)?(?:[\w.-]+\.\w+/|hf://)((?:models/)?[\w
 def why_none(ref: str) -> str | None:
     """What to do where `id` or `id@revision` is none, in a sentence; None where it is one."""
     id, at, revision = ref.partition("@")
-    is_job = Path(ref).suffix in (".yaml", ".yml") and ("/" not in ref or Path(ref).is_file())
+    is_job = Path(ref).suffix in (".yaml", ".yml") and ("/" not in ref or paths.is_file(Path(ref)))
     if _ID.fullmatch(id) and ".." not in id and (revision or not at) and not is_job:
         return None
     link = _LINK.fullmatch(ref)
@@ -19,7 +21,7 @@ def why_none(ref: str) -> str | None:
         return f"Of a page, the id is what follows the host: {link[1]}"
     if any(character in id for character in "*?["):
         return "A pattern only finds what is in the cache already: name each model."
-    if ref and Path(ref).exists():
+    if ref and paths.exists(Path(ref)):
         return "It is a file or folder of this machine; an id looks like organisation/name."
     if _ID.fullmatch(id.partition(":")[0]) and ":" in id:
         return f"Behind a colon stands the path of an autoencoder: `raymi sae fetch {ref}` gets one."

@@ -8,13 +8,13 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Discriminator, Field, Tag, TypeAdapter, ValidationError, ValidationInfo, model_validator
 
+from raymi import paths
 from raymi.errors import UserError, quoted
 from raymi.fields import Fields, all_said, near, problem, say
 from raymi.prompts import Prompt
+from raymi.rowfiles import UNREADABLE, json_rows, parquet_rows
 
 
 class Written(Fields):
@@ -55,7 +55,7 @@ class FromFile(Fields):
     def _is_there(self, info: ValidationInfo) -> "FromFile":
         if self.file.suffix not in _READERS:
             raise problem(f"found {str(self.file)!r}; allowed: a file that ends in {', '.join(_READERS)}", "file")
-        if not (_folder(info) / self.file).is_file():
+        if not paths.is_file(_folder(info) / self.file):
             raise problem(f"there is no file {str(_folder(info) / self.file)!r}", "file")
         return self
 
@@ -131,7 +131,7 @@ def read_file(path: Path, notes: list[str] | None = None) -> list[Prompt]:
                 raise UserError(f"{place}: id: {prompt.id!r} is already the id of {seen[prompt.id]}")
             seen[prompt.id] = place
             prompts.append(prompt)
-    except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
+    except (*UNREADABLE, csv.Error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     if not prompts:
         raise UserError(f"{path}: holds no prompts")
@@ -155,13 +155,7 @@ def _prompt(place: str, row: object) -> Prompt:
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield f"{number}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}:{number}: is no JSON: {error.msg} at column {error.colno}") from None
+    return ((f"{number}", row) for number, row in json_rows(path))
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
@@ -197,8 +191,9 @@ def _check_header(path: Path, names: Sequence[str]) -> None:
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, row in enumerate(pq.ParquetFile(path).read().to_pylist(), 1):
-        yield f"row {number}", row
+    fields = Written.model_fields
+    rows = parquet_rows(path, lambda name: name in fields or bool(near(name, fields)))
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
 _READERS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}

@@ -57,6 +57,15 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 _WITHOUT_ATTENTION = ("linear_attention", "conv", "mamba", "recurrent", "moe", "mlp")
 """Kinds of layers that have none. Of a kind that is not listed it is assumed; loading the model tells."""
 _BUFFERS = ("masked_bias", "inv_freq", "position_ids")
+_MOST_COUNTED = 1_000
+"""Layers, and heads of a layer: whoever writes more than this did not write of a model."""
+_ITEMSIZES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL"), 1),
+}
+"""Bytes of a number, of the kinds that are whole bytes."""
 _LARGEST_HEADER = 100_000_000  # the format's own limit, in bytes
 
 
@@ -109,13 +118,15 @@ def sizes(config: Mapping[str, Any]) -> dict[str, int | None]:
     feed-forward sizes then follow from the others as is customary.
     """
     text = text_config(config)
-    found = {size: first_int(text, names) for size, names in NAMES.items()}
+    found = {size: _possible(first_int(text, names)) for size, names in NAMES.items()}
     essential = (found["n_layers"], found["n_heads"], found["vocab_size"])
     if text is not config or None in essential:  # a nested config leaves out whatever equals its class's default
         defaults = config_defaults(model_type(config), model_type(text))
         found = {size: number or first_int(defaults, NAMES[size]) for size, number in found.items()}
     found["n_layers"] = found["n_layers"] or _listed_layers(text)
-    found["n_heads"] = found["n_heads"] or _listed_heads(text)
+    found["n_heads"] = found["n_heads"] or _possible(_listed_heads(text))
+    if max(found["n_layers"] or 0, found["n_heads"] or 0) > _MOST_COUNTED:  # nothing is to be made of each of them
+        found["n_layers"] = found["n_heads"] = None
     heads, hidden = found["n_heads"], found["hidden_size"]
     if text.get("multi_query") and not text.get("new_decoder_architecture"):
         found["n_kv_heads"] = 1
@@ -125,6 +136,11 @@ def sizes(config: Mapping[str, Any]) -> dict[str, int | None]:
     if hidden:
         found["intermediate_size"] = found["intermediate_size"] or 4 * hidden
     return found
+
+
+def _possible(size: int | None) -> int | None:
+    """A size, if it is one."""
+    return size if size is not None and 0 < size < 2**40 else None
 
 
 def attention_layers(config: Mapping[str, Any], n_layers: int | None) -> tuple[int, ...] | None:
@@ -246,8 +262,8 @@ def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
     try:
         header: dict[str, dict[str, Any]] = json.loads(raw)
         header.pop("__metadata__", None)
-        ends = [tensor["data_offsets"][1] for tensor in header.values() if {"dtype", "shape"} <= tensor.keys()]
-        if len(ends) < len(header):
+        ends = [tensor["data_offsets"][1] for tensor in header.values()]
+        if not all(map(_is_tensor, header.values())):
             raise corrupt
         expected = 8 + length + max(ends, default=0)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
@@ -257,6 +273,15 @@ def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
     if size > expected:
         raise corrupt
     return header
+
+
+def _is_tensor(tensor: Mapping[str, Any]) -> bool:
+    """Whether an entry of a header describes one; raises what it likes where it is of another form."""
+    (begin, end), shape = tensor["data_offsets"], tensor["shape"]
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+        return False
+    itemsize = _ITEMSIZES.get(tensor["dtype"])
+    return begin <= end and (itemsize is None or math.prod(shape) * itemsize == end - begin)
 
 
 def tokenizer_present(present: set[str]) -> bool:

@@ -1,6 +1,5 @@
 """A YAML file that remembers where everything in it stands."""
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import yaml
 from yaml.constructor import SafeConstructor
 
-from raymi.errors import MOST_QUOTED, UserError, quoted, shortened
+from raymi.errors import HALF, MOST_QUOTED, UserError, quoted, shortened
 
 _MAP = "tag:yaml.org,2002:map"
 _STR = "tag:yaml.org,2002:str"
@@ -18,7 +17,6 @@ _DEEPEST = 100
 _MOST_REPEATED = 1_000_000
 """Characters by which aliases (`*name`) may make a file more than it is: a few lines can stand for many gigabytes."""
 _LARGEST = 2**63
-_HALF = re.compile("[\ud800-\udfff]")
 
 
 class YamlFile:
@@ -131,7 +129,7 @@ class _Loader(yaml.SafeLoader):
     def _measured(self, node: yaml.Node) -> tuple[int, int]:
         match node:
             case yaml.ScalarNode(value=str(text)):
-                if _HALF.search(text):
+                if HALF.search(text):
                     raise UserError(f"{_where(node.start_mark)}: found half of a surrogate pair; allowed: text")
                 size, height, below = 1 + len(text), 0, 0
             case _:

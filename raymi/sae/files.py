@@ -1,5 +1,6 @@
 """Tensors in files: what is in them without torch, and the tensors themselves, mapped into memory where they can be."""
 
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from raymi import snapshot
-from raymi.errors import UserError
+from raymi.errors import UserError, quoted
 from raymi.snapshot import DamagedError
 
 if TYPE_CHECKING:
@@ -89,10 +90,13 @@ def _pickle(file: Path) -> dict[str, "Tensor"]:
         ) from None
     except Exception as error:  # what is no pickle fails in any way
         raise UserError(f"{file}: cannot be read as a pickle ({type(error).__name__})") from None
-    if not isinstance(loaded, dict) or not all(
-        isinstance(t, torch.Tensor) for t in cast(dict[Any, Any], loaded).values()
-    ):
+    if not isinstance(loaded, dict):
         raise UserError(f"{file}: expected a dictionary of tensors, found {type(loaded).__name__}")
+    for name, tensor in cast(dict[Any, Any], loaded).items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise UserError(f"{file}: expected tensors by name, found {quoted(name)}: {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise UserError(f"{file}: tensor {name!r} is no plain array of numbers")
     return cast("dict[str, Tensor]", loaded)
 
 
@@ -137,10 +141,10 @@ def _npz_tensors(file: Path) -> dict[str, "Tensor"]:
     arrays: dict[str, Any] = {}
     with np.load(file, allow_pickle=False) as archive:
         for name, member in described.items():
-            if np.dtype(member.dtype).kind not in "fiu":  # Python objects would be a pickle
+            if not re.fullmatch("u?int[0-9]+|float(16|32|64)", member.dtype):  # Python objects would be a pickle
                 raise UserError(f"{file}: tensor {name!r} is {member.dtype}; raymi reads float32 and float16")
             if member.offset is None or not all(member.shape):
-                arrays[name] = archive[name]
+                arrays[name] = archive[name].astype(member.dtype, copy=False)  # in this machine's order of bytes
             else:
                 arrays[name] = np.memmap(file, member.dtype, "r", member.offset, member.shape)
     with warnings.catch_warnings():

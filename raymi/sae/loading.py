@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from raymi.errors import UserError
+from raymi.errors import UserError, quoted
 from raymi.sae import files
 from raymi.sae.autoencoder import SAE
 from raymi.sae.description import Description, Stored
@@ -106,8 +106,8 @@ def _check(about: Description, stored: Mapping[str, Tensor]) -> None:
         raise UserError(f"{about.file}: raymi does not know what tensor {unknown[0]!r} is for in a {about.format} SAE")
     if about.k is not None and about.k > about.d_sae:
         raise UserError(f"{about.file}: k is {about.k}, but there are {about.d_sae} features")
-    if about.k is not None and "k" in stored and int(stored["k"]) != about.k:
-        raise UserError(f"{about.file}: tensor 'k' is {int(stored['k'])}, where the config says {about.k}")
+    if about.k is not None and "k" in stored and stored["k"].tolist() not in (about.k, [about.k]):
+        raise UserError(f"{about.file}: tensor 'k' is {quoted(stored['k'].tolist())}, where the config says {about.k}")
 
 
 def _read(tensor: Tensor, where: Stored, about: Description) -> Tensor:

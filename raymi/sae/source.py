@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
+from raymi import paths
 from raymi.catalog import default_cache
 from raymi.errors import UserError, quoted
 
@@ -105,8 +106,8 @@ def locate(where: str | Path, *, cache_dir: Path | None = None) -> Source:
     Raises:
         UserError: when there is no such thing; it names what comes near.
     """
-    local = Path(where).expanduser()
-    if local.exists():
+    local = paths.at_home(where)
+    if paths.exists(local):
         return Source(local if local.is_dir() else local.parent)
     match = _REPO.fullmatch(str(where)) if isinstance(where, str) else None
     if match is None:
@@ -114,7 +115,7 @@ def locate(where: str | Path, *, cache_dir: Path | None = None) -> Source:
     repo = cached(match["repo"], match["revision"], cache_dir)
     path = (match["path"] or "").strip("/")
     inside = repo.below(path) if path else repo
-    if not inside.folder.exists():
+    if not paths.exists(inside.folder):
         raise UserError(
             f"{match['repo']} has no {path!r} in the cache", hint=f"`raymi sae fetch {where}` downloads it."
         )
@@ -140,14 +141,17 @@ def cached(repo: str, revision: str | None = None, cache_dir: Path | None = None
     """
     cache = (cache_dir or default_cache()).expanduser()
     folder = cache / f"models--{repo.replace('/', '--')}"
-    if not folder.is_dir():
+    if not paths.is_dir(folder):
         near = get_close_matches(repo, repositories(cache_dir), n=1)
         hint = f"Did you mean {near[0]}?" if near else f"`raymi sae fetch {repo}:PATH` downloads from it."
         raise UserError(f"no repository {repo!r} in {cache}", hint=hint)
     ref = folder / "refs" / (revision or "main")
-    named = ref.read_text().strip() if ref.is_file() else revision
+    named = ref.read_text(errors="replace").strip() if paths.is_file(ref) else revision
     snapshots = folder / "snapshots"
-    commits = sorted((c for c in snapshots.glob(f"{named or ''}*") if c.is_dir()), key=lambda c: c.stat().st_mtime)
+    there = snapshots.iterdir() if snapshots.is_dir() else ()
+    commits = sorted(
+        (c for c in there if c.name.startswith(named or "") and c.is_dir()), key=lambda c: c.stat().st_mtime
+    )
     if not commits:
         raise UserError(f"{repo} has no revision {revision or 'main'!r} in {cache}")
     return Source(commits[-1], repo, commits[-1].name)

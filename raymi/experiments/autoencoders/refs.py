@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo, model_validator
 
+from raymi import paths
 from raymi.experiments.kind import Facts, Spec, Work
 from raymi.fed import Fed
 from raymi.fields import Fields, NotEmpty, problem
@@ -117,8 +118,8 @@ class SaeChoice(Fields):
     @property
     def local(self) -> Path | None:
         """The folder that it names, or file, if there is one; such a name wins over a repository's."""
-        path = (self._folder or Path()) / Path(self.sae).expanduser()
-        return path if path.exists() else None
+        path = (self._folder or Path()) / paths.at_home(self.sae)
+        return path if paths.exists(path) else None
 
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+(@|:|$)")

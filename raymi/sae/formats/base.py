@@ -41,6 +41,8 @@ def member(file: Path, found: Mapping[str, Member], name: str, dimensions: int =
         raise UserError(
             f"{file}: tensor {name!r} has shape {list(found[name].shape)}, expected {dimensions} dimensions"
         )
+    if 0 in found[name].shape:
+        raise UserError(f"{file}: tensor {name!r} has shape {list(found[name].shape)}, which holds nothing")
     return found[name]
 
 

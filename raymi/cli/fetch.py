@@ -19,6 +19,11 @@ def command(models: tuple[str, ...], cache_dir: Path | None, allow_pickle: bool)
 
     A MODEL is an id, or id@revision with a branch, a tag or a commit. What is there already is not downloaded again.
     The exit code is 2 when one could not be had; the others are fetched all the same.
+
+    \b
+    Examples:
+      raymi fetch HuggingFaceTB/SmolLM2-135M
+      raymi fetch gpt2 EleutherAI/pythia-70m@step3000
     """
     failures: list[UserError] = []
     for ref in models:

@@ -86,6 +86,12 @@ def command(
 
     The exit code is 1 when a model failed (the others are measured all the same), and 2 when it is the question that
     no model can answer.
+
+    \b
+    Examples:
+      raymi knockout gpt2
+      raymi knockout 'Qwen/*' --layers 0.5 --heads 0,3 --edge last:first
+      raymi knockout gpt2 --prompt "Rome is in" --edge 'last:"Rome"'
     """
     from raymi.notebook import check_device
 

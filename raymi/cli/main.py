@@ -49,7 +49,24 @@ class Verbs(click.Group):
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="raymi")
 def raymi() -> None:
-    """Attention-knockout experiments in batches, over every cached Hugging Face model, on Ray."""
+    """Mechanistic-interpretability experiments in batches, over every cached Hugging Face model, on Ray.
+
+    Attention knockouts of any heads and edges, and sparse autoencoders: how well they reconstruct, what is active, what
+    features do that are added or taken out. Rows go into a store of Parquet files. Whatever is killed goes on where it
+    stopped, when the same command is issued again.
+
+    \b
+    Examples:
+      raymi models                             # what can run
+      raymi knockout 'Qwen/*'                  # one place, at once
+      raymi validate jobs/heads.yaml
+      raymi run jobs/heads.yaml                # a sweep
+      raymi report                             # what it found, also while it is going on
+
+    \b
+    Completion of verbs, models and runs, for bash (or zsh, fish):
+      eval "$(_RAYMI_COMPLETE=bash_source raymi)"
+    """
 
 
 def main() -> None:

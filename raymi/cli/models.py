@@ -23,6 +23,11 @@ def command(models: tuple[str, ...], cache_dir: Path | None, as_json: bool) -> N
 
     A MODEL is an id, or id@revision with a branch, a tag, a commit or the beginning of one. Without any, every model
     is listed at the revision that its main branch points to.
+
+    \b
+    Examples:
+      raymi models
+      raymi models gpt2 Qwen/Qwen3-0.6B@main --json
     """
     found = [catalog.find(ref, cache_dir) for ref in models] if models else catalog.scan(cache_dir)
     if not found:

@@ -42,6 +42,12 @@ def command(
 
     RUN is the name of a run, or how its name begins; without it, the run that was last issued. The run may be going
     on. The rows themselves are Parquet files: `pl.scan_parquet("STORE/ablations/**/*.parquet")`.
+
+    \b
+    Examples:
+      raymi report
+      raymi report heads --csv tables      # the run whose name begins so
+      raymi show --failure 1               # one of what failed, whole
     """
     from raymi.report import export, tables
 

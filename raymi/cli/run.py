@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from raymi.cluster.progress import Words
     from raymi.cluster.sweep import Order, Result
     from raymi.job import Job
+    from raymi.store.manifest import Manifest
     from raymi.store.reader import Store
 
 
@@ -79,6 +80,14 @@ def command(
 
     The exit code is 0 when all is done, 1 when some models or units failed, 2 for bad input, 130 or 143 when
     interrupted.
+
+    \b
+    Examples:
+      raymi run jobs/heads.yaml --dry-run              # what it would take
+      raymi run jobs/subject.yaml --limit 3            # try it on three prompts,
+      raymi run jobs/subject.yaml                      # and go on with the others
+      raymi run jobs/heads.yaml --models 'Qwen/*' --set dtype=bfloat16
+      raymi run jobs/heads.yaml --address auto         # on a Ray cluster
     """
     return run_file(job_path, How(**how), models=models, sets=sets, device=device, engine=engine)
 
@@ -187,9 +196,31 @@ def _check_device(device: str) -> None:
     check_device(device)
 
 
+_NAMING = ("dtype", "bos", "chat_template", "top_k", "experiments")
+"""Fields of which the name of a run depends, beside that of the job."""
+
+
+def _why_another(job: "Job", runs: "Sequence[Manifest]") -> str | None:
+    """What is said where a job of this name has a run, and what was changed in it makes another."""
+    before = [run for run in runs if run.jobs and run.jobs[-1].resolved.get("name") == job.name]
+    if not before or any(run.run == job.run_name for run in runs):
+        return None
+    was, now = before[-1].jobs[-1].resolved, job.model_dump(mode="json")
+    changed = [
+        f"{field} is {now[field]!r} and was {was[field]!r}" if field != "experiments" else "its experiments are others"
+        for field in _NAMING
+        if field in was and was[field] != now[field]
+    ]
+    if not changed:
+        return None
+    return f"note: another run begins, {job.run_name}: {'; '.join(changed)} in {before[-1].run}, which stays as it is"
+
+
 def _run_name(store: "Store", job: "Job", *, new: bool) -> str:
-    """The newest run of the job, or with `new` the next one."""
+    """The newest run of the job, or with `new` the next one. Says why it is not the one before."""
     runs, damaged = store.survey()
+    if said := _why_another(job, runs):
+        click.echo(said, err=True)
     readable = {manifest.run for manifest in runs}
     taken = readable | damaged.keys()
     for name, error in damaged.items():

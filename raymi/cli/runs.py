@@ -18,6 +18,11 @@ def command(store_uri: str, as_json: bool) -> None:
     A run that is `stopped` was interrupted or killed: the command that made it, issued again, continues it.
     One that is `partial` has measured the prompts that --limit or --sample took: the command without them goes on with
     the others.
+
+    \b
+    Examples:
+      raymi runs
+      raymi runs --store s3://bucket/prefix --json
     """
     from raymi.report import tables
     from raymi.report.export import as_json as to_json

@@ -24,7 +24,13 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="As JSON.")
 
 @click.group()
 def command() -> None:
-    """Sparse autoencoders: what there is, and what it computes."""
+    """Sparse autoencoders: what there is, what it computes, and what it does in a model.
+
+    \b
+    Examples:
+      raymi sae list
+      raymi sae run ORG/SAE:PATH --corpus texts.jsonl
+    """
 
 
 @command.command("list")
@@ -32,7 +38,13 @@ def command() -> None:
 @cache_option
 @_json_option
 def list_(where: str | None, cache_dir: Path | None, as_json: bool) -> None:
-    """List the SAEs in the Hugging Face cache, or in WHERE: a folder, or repo[@revision][:path]."""
+    """List the SAEs in the Hugging Face cache, or in WHERE: a folder, or repo[@revision][:path].
+
+    \b
+    Examples:
+      raymi sae list
+      raymi sae list google/gemma-scope-2b-pt-res:layer_12
+    """
     found = discover.scan(where, cache_dir=cache_dir)
     if as_json:
         click.echo(json.dumps([_found_record(sae) for sae in found], indent=2))
@@ -62,6 +74,10 @@ def inspect(where: str, cache_dir: Path | None, as_json: bool) -> None:
     """Show what one SAE computes and which tensors it has. Reads no weights.
 
     WHERE is a folder, a file in it, or repo[@revision][:path] in the cache.
+
+    \b
+    Example:
+      raymi sae inspect demo/sae
     """
     about = discover.describe(where, cache_dir=cache_dir)
     if as_json:
@@ -94,7 +110,13 @@ def inspect(where: str, cache_dir: Path | None, as_json: bool) -> None:
 @click.argument("where")
 @target_option
 def fetch(where: str, cache_dir: Path | None) -> None:
-    """Download one SAE, REPO[@REVISION]:PATH, into the Hugging Face cache, and nothing else of its repository."""
+    """Download one SAE, REPO[@REVISION]:PATH, into the Hugging Face cache, and nothing else of its repository.
+
+    \b
+    Example:
+      raymi sae fetch \\
+        google/gemma-scope-2b-pt-res:layer_12/width_16k/average_l0_82
+    """
     about = discover.fetch(where, cache_dir=cache_dir)
     click.echo(f"{about.source}: {about.architecture}, {about.d_in:,} -> {about.d_sae:,}, at {about.site}")
 
@@ -134,6 +156,14 @@ def run(ctx: click.Context, saes: tuple[str, ...], models: tuple[str, ...], devi
     An SAE is a folder, repo[@revision][:path] in the cache, or a pattern over `raymi sae list` such as 'org/*'. In
     place of SAEs, JOB.yaml runs a job file, as `raymi run` does. Either way the same command goes on where it stopped,
     and the exit codes are those of `raymi run`.
+
+    \b
+    Examples:
+      raymi sae run ORG/SAE:PATH --corpus texts.jsonl --skip-first 1
+      raymi sae run 'org/*-sae' --measure ablation --set-of-prompts capitals
+      raymi sae run ORG/SAE:PATH --measure injection --feature 12 --strength 50 \\
+        --prompt "The capital of France is"
+      raymi sae run jobs/sae.yaml --dry-run
     """
     from raymi.cli.run import How, run_file, run_job
 

@@ -35,7 +35,7 @@ _LABEL = 22
 def command(
     run: str | None, store_uri: str, failure: int | None, table: str | None, as_json: bool, **wanted: Any
 ) -> None:
-    r"""Print one failure or one row of a run with all that is stored of it.
+    """Print one failure or one row of a run with all that is stored of it.
 
     RUN is the name of a run, or how it begins; without it, the run that was last issued. Of names and ids the
     beginning will do. Where several rows fit, the one with the largest KL is shown, and how many there are.

@@ -31,7 +31,7 @@ def command(
     allow_pickle: tuple[str, ...],
     allow_unused: tuple[str, ...],
 ) -> int:
-    r"""Check a job file: its fields and its prompts, and what it comes to on each cached model.
+    """Check a job file: its fields and its prompts, and what it comes to on each cached model.
 
     Prompts are read by each model's tokenizer; no weights are loaded, and no store is looked at. `raymi run --dry-run`
     also says what is in the store already, and how long the rest takes.

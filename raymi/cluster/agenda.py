@@ -44,6 +44,8 @@ class Known:
     """What is stored, by id."""
     failed: set[str] = field(default_factory=set[str])
     """Ids of prompts that failed when this was last noted."""
+    failed_units: set[str] = field(default_factory=set[str])
+    """Ids of units that failed when they were last tried."""
     unread: list[Failed] = field(default_factory=list[Failed])
     """Why prompts cannot be read."""
 
@@ -98,9 +100,12 @@ class Agenda:
         of_job = manifest.jobs[-1].resolved["prompts"] if manifest.jobs else ()
         self._issued = self.prompts.keys() | {prompt["id"] for prompt in of_job}
         """Ids of all prompts of the job, where `job` has a few of them."""
+        n_experiments = len(manifest.jobs[-1].resolved["experiments"]) if manifest.jobs else len(job.experiments)
+        self._whole = len(self._issued) == len(self.prompts) and n_experiments == len(job.experiments)
         self._known = dict(stored)
         self._noticed: dict[str, list[dict[str, Any]]] = {}
         self._healed: dict[str, set[str]] = {}
+        self._withdrawn: dict[str, set[str]] = {}
         self.before: dict[str, int] = {}
         """Ablations that were in the store when the command began, by key."""
         self.units: dict[str, list[Unit]] = {}
@@ -167,7 +172,7 @@ class Agenda:
             Failed(None, row["kind"], row["message"], prompt_id=row["prompt_id"])
             for row in (tables["failures"].to_pylist() if "failures" in tables else ())
         ]
-        known = Known(prompts, tables["saes"].to_pylist(), before.units, before.failed, unread)
+        known = Known(prompts, tables["saes"].to_pylist(), before.units, before.failed, before.failed_units, unread)
         self._known[model.id, model.revision] = known
         return self._left(key, model, known)
 
@@ -187,8 +192,13 @@ class Agenda:
                 moment = {"stage": "prompt", "attempt": 1, "failed_at": datetime.now(UTC)}
                 failures = (about | moment | {"prompt_id": each} for each in sorted(healed))
                 found.append((key, "failures", schemas.rows("failures", failures)))
+            if withdrawn := self._withdrawn.get(key):
+                moment = {"stage": "unit", "attempt": 1, "failed_at": datetime.now(UTC)}
+                failures = (about | moment | {"unit_id": each} for each in sorted(withdrawn))
+                found.append((key, "failures", schemas.rows("failures", failures)))
         self._noticed.clear()
         self._healed.clear()
+        self._withdrawn.clear()
         return found
 
     def _left(self, key: str, model: CachedModel, known: Known) -> list[Unit] | Failed:
@@ -212,6 +222,8 @@ class Agenda:
                 [prompt_id for prompt_id in usable if self._is_wanted(prompt_id)],
                 {unit.unit_id for its in texts for unit in self._cut(model, its, saes, sum_former=True)},
             )
+            # What is of no prompt of the job is not tried again, and should not stay an open failure.
+            self._withdrawn[key] = known.failed_units.difference(u.unit_id for u in cut) if self._whole else set()
             left = [unit for unit in cut if unit.unit_id not in self._done]
             lengths = {prompt_id: len(prompt.token_ids) for prompt_id, prompt in usable.items()}
             self.closed[key] = closed(model.path, model.n_layers or 0, left, lengths)
@@ -333,6 +345,10 @@ def stored(store: Store, run: str) -> Stored:
     for row in failed.unique(["model_id", "revision", "prompt_id"], keep="last").iter_rows(named=True):
         if row["kind"] is not None:
             found.setdefault((row["model_id"], row["revision"]), Known()).failed.add(row["prompt_id"])
+    failed = store.scan("failures", run).filter(pl.col("unit_id").is_not_null()).sort("failed_at").collect()
+    for row in failed.unique(["model_id", "revision", "unit_id"], keep="last").iter_rows(named=True):
+        if row["kind"] is not None:
+            found.setdefault((row["model_id"], row["revision"]), Known()).failed_units.add(row["unit_id"])
     for key, its in stored_units(store, run).items():
         found.setdefault(key, Known()).units = its
     return found

@@ -4,7 +4,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Self
@@ -17,6 +17,7 @@ from raymi.cluster.scheduler import Scheduler
 from raymi.cluster.worker import Failed
 from raymi.errors import told
 from raymi.experiments.unit import Unit
+from raymi.fed import plain_id
 from raymi.store import schemas
 from raymi.store.writer import Run
 
@@ -183,9 +184,10 @@ class _Record:
         for data in tables.values():
             if _ANSWERS.issubset(data.column_names):
                 columns = (data[name].to_pylist() for name in ("prompt_id", "answer_rank_clean", "answer_prob_clean"))
-                for prompt_id, rank, prob in zip(*columns, strict=True):
-                    if rank is not None and prompt_id not in known and prompt_id in prompts:
-                        known[prompt_id] = Answer(prompts[prompt_id], rank, prob)
+                for text_id, rank, prob in zip(*columns, strict=True):
+                    prompt = prompts.get(plain_id(text_id)[0])
+                    if rank is not None and prompt and text_id not in known:
+                        known[text_id] = Answer(replace(prompt, id=text_id), rank, prob)
 
     def doubt_answers(self) -> None:
         """Says and keeps which answers each model would hardly give."""

@@ -42,7 +42,14 @@ def device_name(device: "torch.device") -> str:
         import torch
 
         return torch.cuda.get_device_name(device)
-    return _processor()
+    return (_apples() if device.type == "mps" else "") or _processor()
+
+
+def _apples() -> str:
+    """The chip, which is all that there is of Apple's GPU."""
+    import torch
+
+    return torch.backends.mps.get_name() if torch.backends.mps.is_available() else ""
 
 
 def _processor() -> str:

@@ -144,7 +144,8 @@ def per_model(view: View, failures: pl.DataFrame) -> pl.DataFrame:
         model_id, experiment, revision, dtype, device, ablations, mean_kl and max_kl (nats), mean_logit_diff (clean -
         ablated), the cell of the largest mean KL over prompts and edges (strongest_layers, strongest_heads,
         strongest_kl), closed (cells that cut nothing, as the model's own mask had closed them: they count as ablations
-        and in nothing else); prompts, answer_prob and answer_top1 as in `per_answer`, null where there is none; and of
+        and in nothing else); prompts, answer_prob and answer_top1 as in `per_answer`, null where there is none (without
+        an experiment, those of the only one with autoencoders that looked at next tokens); and of
         the model, over all its experiments, also those with autoencoders: testbeds (that measured its rows; those
         of older versions, which do not say, count as one), engine (how it was measured: cone, layers, full),
         verified (what was measured twice when it was loaded, by the way it then went; what differed and was not gone on
@@ -211,13 +212,26 @@ def per_model(view: View, failures: pl.DataFrame) -> pl.DataFrame:
     everyone = everyone.join(rows, on=one, how="left", nulls_equal=True)
     for each in (collect(loads), collect(lambda: counted(view)), fallbacks, failed):
         everyone = everyone.join(each, on=one, how="left", nulls_equal=True)
-    table = everyone.join(found, on=by[:-1], how="left", nulls_equal=True)
+    table = _answers_of_one(
+        everyone.join(found, on=by[:-1], how="left", nulls_equal=True), collect(lambda: per_answer(view))
+    )
     table = table.with_columns(pl.col("ablations", "closed", "failures", "fallbacks").fill_null(0))
     of_model = ["testbeds", "engine"]
     of_verified = ["verified", "agreed", "verified_error", "verified_tolerance", "verified_effect"]
     of_replicas = [*of_verified, "why_not_cone", "fallbacks", "fallback", "load_seconds", "failures"]
     order = ["model_id", "experiment", "revision", "dtype", "device", *found.columns[4:], *of_model, *of_replicas]
     return table.select(order).sort("model_id", "revision", "dtype", "experiment")
+
+
+def _answers_of_one(table: pl.DataFrame, answers: pl.DataFrame) -> pl.DataFrame:
+    """Gives models without a knockout the answers of their experiment, where just one looked at them."""
+    said = ["prompts", "answer_prob", "answer_top1"]
+    only = answers.filter(pl.len().over(MODEL) == 1).select(*MODEL, *said)
+    found = table.join(only, on=MODEL, how="left", nulls_equal=True, suffix="_only", maintain_order="left")
+    free = pl.col("experiment").is_null()
+    return found.with_columns(pl.when(free).then(f"{name}_only").otherwise(name).alias(name) for name in said).drop(
+        f"{name}_only" for name in said
+    )
 
 
 def per_answer(view: View) -> pl.LazyFrame:
@@ -301,12 +315,11 @@ def open_failures(view: View) -> pl.DataFrame:
     def loads() -> pl.LazyFrame:
         return view.scan("models").group_by("model_id", "revision").agg(pl.col("loaded_at").max())
 
+    last = last.filter(pl.col("kind").is_not_null())  # else it was taken back
     of_units = last.filter(pl.col("unit_id").is_not_null()).join(
         collect(lambda: query.units(view)), on="unit_id", how="anti"
     )
-    # A prompt that can be measured after all has a last row without a kind.
-    of_prompts = last.filter(pl.col("prompt_id").is_not_null() & pl.col("kind").is_not_null())
-    of_prompts = of_prompts.filter(~pl.col("prompt_id").is_in(list(view.former)))
+    of_prompts = last.filter(pl.col("prompt_id").is_not_null() & ~pl.col("prompt_id").is_in(list(view.former)))
     of_models = last.filter(pl.col("unit_id").is_null() & pl.col("prompt_id").is_null()).join(
         collect(loads), on=["model_id", "revision"], how="left", nulls_equal=True
     )

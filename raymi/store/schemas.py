@@ -151,7 +151,8 @@ FAILURES = pa.schema(
     ]
 )
 """One row a failure. `stage` is select, plan, prompt, load, unit or replica; `unit_id` is null unless one unit failed,
-`prompt_id` unless a model can never measure just this prompt; without a `kind` it can, after all."""
+`prompt_id` unless a model can never measure just this prompt. A row without a `kind` takes back what stands before it:
+the prompt can be measured after all, or the job has no prompt of the unit any more."""
 
 EVENTS = pa.schema(
     [

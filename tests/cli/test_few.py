@@ -144,6 +144,17 @@ def test_prompts_that_came_and_went_are_no_matter_of_few(shell: Shell) -> None:
     assert report.answers["prompts"].to_list() == [1]
 
 
+def test_a_changed_field_that_makes_another_run_is_said(shell: Shell) -> None:
+    assert "another run" not in shell.run("--limit", "1").err
+    first = shell.rows()["run"][0]
+    assert "another run" not in shell.run("--limit", "1", "--set", "seed=3").err
+    said = shell.run("--limit", "1", "--set", "top_k=3", "--dry-run").err
+    assert f"top_k is 3 and was 10 in {first}, which stays as it is" in said
+    assert "note: another run begins, small-" in said
+    others = shell.run("--limit", "1", "--set", "experiments.0.layers=0", "--set", "bos=never", "--dry-run").err
+    assert "bos is 'never' and was 'auto'; its experiments are others in" in others
+
+
 KNOCKOUT = {"kind": "knockout", "layers": 0}
 QUALITY = {"kind": "sae", "measure": "quality", "saes": "org/*"}
 

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from raymi.cli import text
 from raymi.cli.main import VERBS
+from raymi.cli.main import raymi as cli
 from raymi.cli.models import command
 from tests.fakes import LLAMA, add_model, llama_shapes
 
@@ -181,6 +182,21 @@ raymi.cli.main.main()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 130
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "sae list", "sae inspect", "sae fetch", "sae run"])
+def test_help_of_every_verb_has_an_example(verb: str) -> None:
+    said = CliRunner().invoke(cli, [*verb.split(), "--help"], env={"COLUMNS": "80"})
+    assert said.exit_code == 0
+    examples = said.output.partition("Example")[2].partition("Options:")[0].splitlines()
+    assert [line for line in examples if line.strip().startswith(f"raymi {verb}")]
+    assert max(map(len, examples)) <= 80
+
+
+def test_help_speaks_of_all_and_of_completion() -> None:
+    said = CliRunner().invoke(cli, ["--help"]).output
+    assert "autoencoders" in said
+    assert "_RAYMI_COMPLETE=bash_source raymi" in said
 
 
 def test_help_names_every_verb() -> None:

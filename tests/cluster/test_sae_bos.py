@@ -81,6 +81,14 @@ def test_autoencoders_that_agree_are_followed(monkeypatch: pytest.MonkeyPatch) -
     assert rows("sae_quality").height == 1
 
 
+def test_answers_that_are_hardly_given_are_said_of_these_texts_too() -> None:
+    result = run(INJECTION % "without:*", prompts=(PARIS,))
+    assert not result.failed, messages(result)
+    assert (rows("sae_injections")["answer_rank_clean"] >= 5).all()
+    [said] = rows("events").filter(pl.col("kind") == "answers")["message"]
+    assert "'paris [without BOS]'" in said
+
+
 @pytest.mark.parametrize("saes", ["with:*", "silent:a"])
 def test_where_they_say_what_the_tokenizer_does_nothing_is_new(saes: str) -> None:
     experiments = (QUALITY % saes, FEATURES % saes, INJECTION % saes)

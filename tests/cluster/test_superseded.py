@@ -149,3 +149,34 @@ def test_a_job_that_is_refused_is_none_of_the_run(run: Run):  # noqa: F811
     # What it brought may be written otherwise.
     write_job(prompts=[PARIS, "{id: lima, text: The capital of Peru is in}"])
     assert run().code == 0
+
+
+def test_a_unit_of_prompts_that_the_job_has_lost_is_no_open_failure(run: Run, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    from raymi.cluster.worker import Worker
+
+    add_model(Path("cache"), "org/one")
+    write_job(prompts=[PARIS, ROME])
+    whole = Worker._measure
+
+    def fails_for_rome(self: Worker, unit: Any) -> Any:
+        if any(prompt_id == "rome" for prompt_id, _ in unit.items):
+            raise RuntimeError("not today")
+        return whole(self, unit)
+
+    failures = lambda: tables.report(raymi.store.open("store")).failures["message"].to_list()  # noqa: E731
+    monkeypatch.setattr(Worker, "_measure", fails_for_rome)
+    assert run().code == 1
+    assert failures() == ["not today"] * 2
+    # What is not taken this time stays what it is.
+    assert run("--limit", "1").code == 0
+    assert failures() == ["not today"] * 2
+    write_job(prompts=[PARIS])
+    assert run().code == 0
+    assert failures() == []
+    write_job(prompts=[ROME, PARIS])
+    assert run().code == 1
+    assert failures() == ["not today"] * 2
+    monkeypatch.setattr(Worker, "_measure", whole)
+    assert run().code == 0
+    assert failures() == []
+    assert tables.report(raymi.store.open("store")).models["ablations"].to_list() == [16]

@@ -18,3 +18,11 @@ def test_a_testbed_is_named_by_all_that_it_says(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(testbeds, name, lambda value=value: value)
             assert testbeds.testbed(cpu, "float32")["testbed"] != one["testbed"]
+
+
+def test_a_gpu_says_its_own_name_and_not_the_processor_s(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    assert testbeds.device_name(torch.device("cuda:1")) == "GPU 1"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "get_name", lambda: "Apple M9")
+    assert testbeds.device_name(torch.device("mps")) == "Apple M9"

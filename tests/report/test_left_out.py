@@ -16,7 +16,7 @@ from raymi.store.layout import slug
 from raymi.store.reader import Store
 from raymi.store.writer import Run
 from tests.rows import MODEL, MOMENT, REVISION, cell, failure, loaded
-from tests.sae_rows import Tokens
+from tests.sae_rows import Tokens, injected
 
 OTHER = "1" * 40
 
@@ -172,6 +172,22 @@ def test_answers_are_of_each_experiment_s_prompts(store: Store) -> None:
     answers = tables.report(store).answers.select("experiment", "prompts", "answer_prob", "answer_top1")
     assert answers.rows() == [("heads", 1, 0.5, 1.0), ("others", 1, 0.1, 0.0)]
     assert "by the prompts of each experiment" in text(store)
+
+
+def test_a_model_without_knockouts_has_the_answers_of_its_only_experiment(store: Store) -> None:
+    about = {"answer_prob_clean": 0.5, "answer_rank_clean": 0}
+    with take(store, "p", "q") as run:
+        put(run, "sae_injections", injected(5.0, "p", unit_id="a", experiment="one", **about))
+    [model] = tables.report(store).models.to_dicts()
+    assert (model["experiment"], model["prompts"], model["answer_prob"], model["answer_top1"]) == (None, 1, 0.5, 1.0)
+    with take(store, "p", "q") as run:
+        put(
+            run,
+            "sae_injections",
+            injected(5.0, "q", unit_id="b", experiment="two", **(about | {"answer_prob_clean": 0.1})),
+        )
+    # Of two, neither is all.
+    assert tables.report(store).models["answer_prob"].to_list() == [None]
 
 
 def test_rows_of_several_testbeds_are_said(store: Store) -> None:

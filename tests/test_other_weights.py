@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 
 from raymi import catalog
+from raymi.errors import UserError
+from raymi.job import make_job
 from raymi.other_weights import other_weights
+from raymi.plan.selection import selected
 from tests.fakes import LLAMA, TOKENIZER, add_files, add_model
 
 ADAPTER = {"adapter_model.safetensors": b"0", "tokenizer.json": TOKENIZER}
@@ -68,3 +71,15 @@ def test_shards_that_are_missing_are_missing(tmp_path: Path) -> None:
 def test_files_that_are_no_weights_are_none() -> None:
     assert other_weights(["config.json", "training_args.bin", "optimizer.pt", "README.md"]) is None
     assert other_weights(["config.json", "model.safetensors", "model.gguf", "adapter_config.json"]) is None
+
+
+def test_nothing_is_fetched_for_what_is_whole(tmp_path: Path) -> None:
+    job = make_job({"name": "j", "prompts": [{"text": "a"}], "experiments": [{"kind": "knockout", "layers": "all"}]})
+    add_files(tmp_path, "org/gguf", {"tiny.gguf": b"GGUF"})
+    with pytest.raises(UserError, match="no model to run\n  org/gguf: holds GGUF weights") as error:
+        selected(job, catalog.scan(tmp_path), catalog.find)
+    assert "fetch" not in (error.value.hint or "")
+    add_model(tmp_path, "org/half", tensors={})
+    with pytest.raises(UserError, match="org/half: incomplete snapshot") as error:
+        selected(job, catalog.scan(tmp_path), catalog.find)
+    assert "raymi fetch ID" in (error.value.hint or "")

@@ -35,18 +35,20 @@ def selected(
     """
     chosen: dict[tuple[str, str], CachedModel] = {}
     rejected: dict[str, Rejected] = {}
-    refused = False
+    refused = mendable = False
     for reference in job.models.include:
         named = not any(character in reference for character in "*?[")
         matches = [find(reference)] if named else [m for m in catalog if fnmatchcase(m.id, reference)]
         if not matches:
             reason = "matches no cached model" if catalog else "the cache is empty"
             rejected[reference] = Rejected(reference, reason, named=False)
+            mendable = True
         for model in matches:
             if any(_means(pattern, model) for pattern in job.models.exclude):
                 continue
             refusal = _refusal(job, model, named=named)
             refused = refused or (refusal is not None and model.runnable)
+            mendable = mendable or model.damaged
             if refusal is None:
                 chosen[model.id, model.revision] = model
             elif named or model.id not in rejected:
@@ -54,7 +56,8 @@ def selected(
     if not chosen:
         reasons = "".join(f"\n  {each.model_id}: {each.reason}" for each in rejected.values())
         # Models that could be loaded are refused by the job itself: more of them would not help.
-        hint = None if refused else "`raymi models` lists the cache, `raymi fetch ID` adds to it."
+        fetch = ", `raymi fetch ID` adds to it." if mendable else ", and says what of it can run."
+        hint = None if refused else f"`raymi models` lists the cache{fetch}"
         raise UserError(f"no model to run{reasons}", hint=hint)
     return list(chosen.values()), list(rejected.values())
 

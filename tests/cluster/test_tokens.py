@@ -291,7 +291,7 @@ def test_a_replica_that_holds_other_tokens_than_planned_measures_nothing(
     monkeypatch.setattr(Worker, "load", forgetful)
     said = run()
     assert said.code == 1
-    assert "org/clock: its tokenizer does not read 'paris'" in said.err
+    assert "its tokenizer does not read 'paris'" in said.err
     assert rows().is_empty()
 
 

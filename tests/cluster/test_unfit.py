@@ -89,7 +89,7 @@ def test_a_prompt_that_failed_stays_open_until_it_leaves_the_job(run: Any) -> No
     assert not tables.report(raymi.store.open("store")).failures.height
 
 
-@pytest.mark.parametrize("fault", BAD)
+@pytest.mark.parametrize("fault", ["glued", "beyond", "short"])  # read, known, placed
 def test_a_mended_prompt_heals_and_moves_no_unit(run: Any, fault: str) -> None:  # noqa: F811
     write(PARIS, *bad(fault), ROME)
     assert run().code == 1

@@ -264,7 +264,7 @@ def safetensors_header(file: Path) -> dict[str, dict[str, Any]]:
         header.pop("__metadata__", None)
         ends = [tensor["data_offsets"][1] for tensor in header.values()]
         if not all(map(_is_tensor, header.values())):
-            raise corrupt
+            raise DamagedError(f"corrupt file: the header of {file.name} does not describe tensors")
         expected = 8 + length + max(ends, default=0)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise corrupt from None

@@ -38,3 +38,20 @@ HOW: tuple[tuple[str, pa.DataType], ...] = (
     ("engine", pa.string()),
     ("clean_error", pa.float64()),
 )
+
+ABOUT: tuple[tuple[str, pa.DataType], ...] = (
+    ("unit_id", pa.string()),
+    ("ablation_id", pa.string()),
+    ("experiment", pa.string()),
+    ("model_id", pa.string()),
+    ("revision", pa.string()),
+    ("dtype", pa.string()),
+    ("prompt_id", pa.string()),
+    ("n_tokens", pa.int32()),
+)
+"""What a row is of."""
+
+
+def of_cells(*own: tuple[str, pa.DataType]) -> pa.Schema:
+    """The table of a kind that is made of cells: what a row is of, the kind's own columns, what was done and how."""
+    return pa.schema([*ABOUT, *own, *EFFECTS, ("empty_rows", pa.int32()), *HOW])

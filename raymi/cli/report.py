@@ -108,8 +108,12 @@ def lines(report: "Report", width: int) -> Iterator[str]:
             *_testbeds(report),
         ):
             yield fill(said, width or 10_000, initial_indent="  ", subsequent_indent="    ")
-    if said := [*_closed(report.models), *_left_out(report)]:
-        yield "\nnot counted:"
+    for what, said in (
+        ("not counted", [*_closed(report.models), *_left_out(report)]),
+        ("not shown, but kept in the store", report.lacking),
+    ):
+        if said:
+            yield f"\n{what}:"
         for each in said:
             yield fill(each, width or 10_000, initial_indent="  ", subsequent_indent="    ")
     if not report.failures.is_empty():

@@ -41,6 +41,7 @@ def cell_id(kind: str, model_id: str, token_ids: Sequence[int], said: Sequence[o
 class Cells(Generic[W]):
     """What makes rows of a kind's cells."""
 
+    kind: str
     work: type[W]
     schema: pa.Schema
     """Of its table; `raymi.experiments.columns.of_cells` makes one."""
@@ -48,8 +49,8 @@ class Cells(Generic[W]):
     """What a cell does to the model."""
     columns: Callable[[W], Mapping[str, Any]]
     """What a row says of its cell, in the kind's own columns."""
-    name: Callable[[str, Sequence[int], W, HookedModel], str]
-    """The cell's id, from model id, token ids, cell and model (`cell_id`)."""
+    name: Callable[[str, Sequence[int], W, HookedModel], str] | None = None
+    """The cell's id, from model id, token ids, cell and model; None: `cell_id` of all that the cell says."""
 
     def measure(self, setting: Setting, spec: Spec, unit: Unit) -> pa.Table:
         """Measures a unit of an experiment; see `of`."""
@@ -121,7 +122,10 @@ class Cells(Generic[W]):
         return records
 
     def _named(self, setting: Setting, prompt: TokenizedPrompt, work: W) -> str:
-        return self.name(setting.model_id, prompt.token_ids, work, setting.engine.model)
+        model = setting.engine.model
+        if self.name is not None:
+            return self.name(setting.model_id, prompt.token_ids, work, model)
+        return cell_id(self.kind, setting.model_id, prompt.token_ids, work.said(model.all_heads))
 
     def _among(self, engine: Engine, prompt: TokenizedPrompt, asked: W, company: Company) -> tuple[Batch, int]:
         """The batch of a cell that is measured as units are, among others, and its row there."""

@@ -205,6 +205,10 @@ class Table:
     schema: "pa.Schema"
     of_row: tuple[str, ...] = ("ablation_id",)
     """Columns that name a row within its unit."""
+    of_work: tuple[str, ...] = ("ablation_id",)
+    """Columns that name a piece of work within its unit, as plans count them."""
+    times: str | None = None
+    """A column that says how many of them a row is; None: one."""
     facts: tuple[str, ...] = ()
     """Columns that tell units apart which an older raymi has planned otherwise."""
     gone: Callable[[Facts, Sequence[Work]], str | None] = _nothing_known

@@ -28,6 +28,7 @@ def as_record(report: Report) -> dict[str, Any]:
         "status": status(report.run, report.driven),
         "measured": report.measured,
         "damaged": report.damaged,
+        "lacking": report.lacking,
         **{name: frame.to_dicts() for name, frame in _frames(report).items()},
         "mismatches": report.mismatches.to_dicts(),
         **{name: frame.to_dicts() for name, frame in _left_out(report).items()},

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
+from raymi.experiments import kinds
 from raymi.fed import fed_id
 from raymi.sae.description import MLP_INPUT, NORMALISED
 from raymi.store import schemas
@@ -102,20 +103,37 @@ def units(view: View) -> pl.LazyFrame:
 
 def measured(view: View) -> int:
     """How much was measured, as plans count: ablations, injections, and texts for each autoencoder that reads them."""
-    texts = ("unit_id", "sae", "sae_version", "site")
-    distinct = {
-        "ablations": ("unit_id", "ablation_id"),
-        "sae_features": (*texts, "prompt_id"),
-        "sae_injections": ("unit_id", "ablation_id"),
-        "sae_ablations": (*texts, "prompt_id"),
-    }
 
     def counts() -> pl.LazyFrame:
-        kinds = [view.units(table).select(*key).unique().select(n=pl.len()) for table, key in distinct.items()]
-        quality = view.units("sae_quality").select(*texts, "texts").unique().select(n=pl.col("texts").sum())
-        return pl.concat([kind.cast(pl.Int64) for kind in (*kinds, quality)]).sum()
+        return pl.concat([_counted(view, name, table) for name, table in kinds.tables().items()]).sum()
 
     return collect(counts).item()
+
+
+def _counted(view: View, name: str, table: kinds.Table) -> pl.LazyFrame:
+    times = [table.times] if table.times else []
+    work = view.units(name).select("unit_id", *table.of_work, *times).unique()
+    return work.select(n=(pl.col(table.times).sum() if table.times else pl.len()).cast(pl.Int64))
+
+
+def lacking(run: Manifest) -> list[str]:
+    """Why experiments of a run have no rows here: a line each kind that is not installed."""
+    by_kind: dict[str, list[str]] = {}
+    for issue in run.jobs:
+        for spec in issue.resolved.get("experiments", ()):
+            names = by_kind.setdefault(spec["kind"], [])
+            names += [spec["name"]] if spec["name"] not in names else []
+    why = {each.name: f"the kind {each.name!r} cannot be used: {each.why}" for each in kinds.unusable()}
+    return [
+        f"{', '.join(names)}: {why.get(kind, f'no kind {kind!r} is installed')}"
+        for kind, names in by_kind.items()
+        if kind not in kinds.kinds()
+    ]
+
+
+def cells_of_heads() -> list[str]:
+    """The tables with a row a cell that names layers and heads, of whatever kinds."""
+    return [table for table in schemas.UNIT_TABLES if {"layers", "heads", "kl"} <= set(schemas.SCHEMAS[table].names)]
 
 
 def placed(rows: pl.DataFrame, known: pl.DataFrame) -> pl.DataFrame:

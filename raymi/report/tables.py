@@ -40,6 +40,8 @@ class Report:
     """What the store holds and no mean counts, and why."""
     measured: int
     """How much was measured in all, as plans count: `query.measured`."""
+    lacking: list[str]
+    """Why experiments are not shown: a line each kind that is not installed."""
     damaged: list[str]
     """Files that are left out, or some of their rows, why, and what to do: a line each."""
 
@@ -80,6 +82,7 @@ def _report(view: View) -> Report:
         saes=saes(view),
         left_out=left_out(view),
         measured=query.measured(view),
+        lacking=query.lacking(run),
         damaged=view.damage.said(store.objects),
     )
 
@@ -159,9 +162,9 @@ def per_model(view: View, failures: pl.DataFrame) -> pl.DataFrame:
     def measured() -> pl.LazyFrame:
         every = _ablations(view)
         counts = every.group_by(by).agg(
-            pl.len().cast(pl.Int64).alias("ablations"), closed("ablations").sum().cast(pl.Int64).alias("closed")
+            pl.len().cast(pl.Int64).alias("ablations"), pl.col("shut").sum().cast(pl.Int64).alias("closed")
         )
-        rows = every.filter(~closed("ablations"))
+        rows = every.filter(~pl.col("shut"))
         effects = rows.group_by(by).agg(
             pl.col("kl").mean().alias("mean_kl"),
             pl.col("kl").max().alias("max_kl"),
@@ -180,8 +183,9 @@ def per_model(view: View, failures: pl.DataFrame) -> pl.DataFrame:
 
     def how() -> pl.LazyFrame:
         tables = {table: view.units(table) for table in schemas.UNIT_TABLES}
-        # Which features are active is read off one clean forward, by whatever engine.
-        engine = {table: pl.lit(None, pl.String) if table == "sae_features" else pl.col("engine") for table in tables}
+        # What is read off one clean forward is that by whatever engine.
+        has = {table for table in tables if "engine" in schemas.SCHEMAS[table].names}
+        engine = {table: pl.col("engine") if table in has else pl.lit(None, pl.String) for table in tables}
         rows = pl.concat(
             [rows.select(*MODEL, "testbed", engine=engine[table]).unique() for table, rows in tables.items()]
         )
@@ -243,7 +247,7 @@ def per_answer(view: View) -> pl.LazyFrame:
     """
     by = [*MODEL, "experiment"]
     of_prompts = [*by, "prompt_id", "answer_prob_clean", "answer_rank_clean"]
-    tables = ("ablations", "sae_injections", "sae_ablations")
+    tables = [table for table in schemas.UNIT_TABLES if set(of_prompts) <= set(schemas.SCHEMAS[table].names)]
     rows = pl.concat([view.units(table).select(of_prompts) for table in tables])
     clean = rows.group_by(*by, "prompt_id").agg(pl.all().drop_nulls().first())
     return clean.group_by(by).agg(
@@ -264,7 +268,7 @@ def per_layer(view: View) -> pl.DataFrame:
     table = collect(
         lambda: (
             _ablations(view)
-            .filter(~closed("ablations"))
+            .filter(~pl.col("shut"))
             .group_by(by)
             .agg(
                 pl.len().cast(pl.Int64).alias("ablations"),
@@ -287,7 +291,7 @@ def per_head(view: View) -> pl.DataFrame:
     by = [*MODEL, "experiment", "layer", "head"]
 
     def found() -> pl.LazyFrame:
-        rows = view.units("ablations").unique(["unit_id", "ablation_id"]).filter(~closed("ablations"))
+        rows = _ablations(view).filter(~pl.col("shut"))
         rows = rows.drop_nulls(["layer", "head"]).group_by(by)
         return rows.agg(
             pl.len().cast(pl.Int64).alias("ablations"),
@@ -331,13 +335,23 @@ def open_failures(view: View) -> pl.DataFrame:
 
 
 def _ablations(view: View) -> pl.LazyFrame:
-    """The rows that count, each once, with layers and heads as text to group by."""
-    rows = view.units("ablations").unique(["unit_id", "ablation_id"])
-    return rows.with_columns(
-        pl.col("layers").list.min().alias("first_layer"),
-        pl.col("layers").list.max().alias("last_layer"),
-        _label("layers").alias("layers"),
-        _label("heads").fill_null("all").alias("heads"),
+    """The rows that count of cells of heads, of whatever kinds, each once: with layers and heads as text to group by,
+    and whether they cut nothing (`shut`).
+    """
+    columns = [*MODEL, "experiment", "layers", "heads", "layer", "head", "kl", "logit_diff"]
+    return pl.concat(
+        [
+            view.units(table)
+            .unique(["unit_id", "ablation_id"])
+            .select(*columns, shut=closed(table))
+            .with_columns(
+                pl.col("layers").list.min().alias("first_layer"),
+                pl.col("layers").list.max().alias("last_layer"),
+                _label("layers").alias("layers"),
+                _label("heads").fill_null("all").alias("heads"),
+            )
+            for table in query.cells_of_heads()
+        ]
     )
 
 

@@ -40,7 +40,7 @@ def _name(model_id: str, token_ids: Sequence[int], ablation: Ablation, model: Ho
     return ablation_id(model_id, token_ids, ablation, model.all_heads)
 
 
-CELLS = Cells(Ablation, SCHEMA, masks, _columns, _name)
+CELLS = Cells("knockout", Ablation, SCHEMA, masks, _columns, _name)
 measure, verify = CELLS.measure, CELLS.verify
 
 

@@ -310,10 +310,14 @@ KIND = Kind(
     "sae",
     SaeSpec,
     {
-        "sae_features": Table(FEATURES, ("sae", "site", "prompt_id", "position"), FACTS, gone),
-        "sae_quality": Table(QUALITY, ("sae", "sae_version", "site"), FACTS, gone),
-        "sae_injections": Table(INJECTIONS, ("ablation_id",), FACTS, gone),
-        "sae_ablations": Table(ABLATIONS, ("ablation_id", "prompt_id", "sae", "site"), FACTS, gone),
+        "sae_features": Table(
+            FEATURES, ("sae", "site", "prompt_id", "position"), (*FACTS, "prompt_id"), facts=FACTS, gone=gone
+        ),
+        "sae_quality": Table(QUALITY, FACTS, FACTS, times="texts", facts=FACTS, gone=gone),
+        "sae_injections": Table(INJECTIONS, facts=FACTS, gone=gone),
+        "sae_ablations": Table(
+            ABLATIONS, ("ablation_id", "prompt_id", "sae", "site"), (*FACTS, "prompt_id"), facts=FACTS, gone=gone
+        ),
     },
     running="raymi.experiments.sae.run",
 )

@@ -48,20 +48,24 @@ def command(
       raymi show --table sae_injections --feature 789
     """
     from raymi.report import single, tables
-    from raymi.report.query import View
+    from raymi.report.query import View, despite_damage
     from raymi.store import schemas
 
     store = raymi.store.open(store_uri)
-    view = View(store, store.find(run))
     chosen = {name: value for name, value in wanted.items() if value is not None}
-    if failure is not None:
-        if chosen or table:
-            raise UserError("--failure: a failure has its number alone; what is measured has no failure")
-        found = single.failure(view, tables.open_failures(view), failure)
-    else:
-        if table and table not in schemas.UNIT_TABLES:
-            raise UserError(f"--table: found {table!r}; allowed: {', '.join(schemas.UNIT_TABLES)}")
-        found = single.row(view, chosen, table)
+    if failure is not None and (chosen or table):
+        raise UserError("--failure: a failure has its number alone; what is measured has no failure")
+    if table and table not in schemas.UNIT_TABLES:
+        raise UserError(f"--table: found {table!r}; allowed: {', '.join(schemas.UNIT_TABLES)}")
+
+    def look(view: View) -> tuple[View, single.Found]:
+        if failure is not None:
+            return view, single.failure(view, tables.open_failures(view), failure)
+        return view, single.row(view, chosen, table)
+
+    view, found = despite_damage(store, store.find(run), look)
+    for each in view.damage.said(store.objects):
+        click.echo(f"damaged, and left out: {each}", err=True)
     if as_json:
         click.echo(json.dumps(found.row, indent=2, default=datetime.isoformat, ensure_ascii=False))
         return

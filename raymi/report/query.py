@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import polars as pl
 
@@ -87,6 +88,27 @@ class View:
     def effects(self, table: str) -> pl.LazyFrame:
         """The same, without what cut nothing because the model's own mask had closed it already."""
         return self.units(table).filter(~closed(table))
+
+
+Seen = TypeVar("Seen")
+
+
+def despite_damage(store: Store, run: Manifest, look: Callable[[View], Seen], *, everything: bool = False) -> Seen:
+    """What `look` makes of the rows of a run without those that are damaged; all files are read for it at need.
+
+    Args:
+        store: where it is.
+        run: it.
+        look: given the rows that count.
+        everything: count also prompts that the job has no longer.
+    """
+    try:
+        return look(View(store, run, everything, store.damage(run.run)))
+    except (OSError, pl.exceptions.PolarsError):
+        damage = store.damage(run.run, thoroughly=True)
+        if not damage.unreadable:
+            raise
+    return look(View(store, run, everything, damage))
 
 
 def closed(table: str) -> pl.Expr:

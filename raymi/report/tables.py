@@ -7,7 +7,7 @@ import polars as pl
 
 from raymi.report import query
 from raymi.report.left_out import LeftOut, left_out
-from raymi.report.query import MODEL, View, closed, collect, placed
+from raymi.report.query import MODEL, View, closed, collect, despite_damage, placed
 from raymi.report.saes import Saes, saes
 from raymi.report.verified import counted, mismatches
 from raymi.store import schemas
@@ -58,13 +58,7 @@ def report(store: Store, ref: str | None = None, *, everything: bool = False) ->
         UserError: there is no such run.
     """
     run = store.find(ref)
-    try:
-        return _report(View(store, run, everything, store.damage(run.run)))
-    except (OSError, pl.exceptions.PolarsError):
-        damage = store.damage(run.run, thoroughly=True)
-        if not damage.unreadable:
-            raise
-    return _report(View(store, run, everything, damage))
+    return despite_damage(store, run, _report, everything=everything)
 
 
 def _report(view: View) -> Report:

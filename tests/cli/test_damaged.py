@@ -95,6 +95,16 @@ def test_a_spoilt_page_is_found_when_a_report_stumbles_over_it(shell: Shell, sto
     assert report.models["model_id"].to_list() == ["org/other", "org/tiny"]
 
 
+@pytest.mark.parametrize("damage", [pytest.param(damage, id=damage.__name__) for damage in (*DAMAGE, flip)])
+def test_one_row_of_the_rest_is_shown(shell: Shell, store: Path, damage: Callable[[Path], str]) -> None:
+    file = one(store)
+    why = damage(file)
+    said = shell("show", GOOD, "--store", "store")
+    assert said.code == 0, said.err
+    assert f"damaged, and left out: {file.absolute()}: {why}" in said.err
+    assert "kl" in said.out
+
+
 def test_a_damaged_manifest_stops_nothing_else(shell: Shell, store: Path) -> None:
     for file in (store / "runs" / OTHER).rglob("*.json"):
         file.write_text('{"schema_version": 1, "run": 5')

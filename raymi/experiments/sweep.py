@@ -1,18 +1,19 @@
 """Any interventions on one prompt, many ablations at a time: what a notebook asks for, and what a row of it says."""
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import pyarrow as pa
 import torch
 
-from raymi.errors import UserError
+from raymi.errors import UserError, quoted
 from raymi.experiments.columns import EFFECTS, HOW
 from raymi.experiments.effects import Columns, measure, only
-from raymi.model.editing import fitted
 from raymi.model.engine import Engine
 from raymi.model.full import Batch
 from raymi.model.hooked import Cell, HookedModel
-from raymi.model.interventions import BY_HEAD, Edit, Intervention, Mask
+from raymi.model.interventions import Edit, Intervention, Mask
+from raymi.model.meant import on_prompt
 from raymi.model.sites import NoSuchPlace
 from raymi.prompts import TokenizedPrompt
 
@@ -47,42 +48,43 @@ def cells(model: HookedModel, prompt: TokenizedPrompt, ablations: Ablations) -> 
     """Ablations of a prompt as something to measure, each of them found possible on the model.
 
     Raises:
-        UserError: there is none, or one without interventions.
+        UserError: there is none, or one without interventions, or of something else.
         NoSuchPlace: an intervention names a site, layer, head or position that is not there, or its value does not fit
             there; says of which ablation.
+        ValueError: an intervention names a position twice, or an edge that no causal model has, as the prompt shows.
     """
-    every = [together(one) for one in ([ablations] if isinstance(ablations, Mask | Edit) else ablations)]
+    given = [ablations] if isinstance(ablations, Mask | Edit) else ablations
+    every = [together(one, f"ablation {index}") for index, one in enumerate(given)]
     if not every:
         raise UserError("there are no ablations to measure")
+    found: list[Cell] = []
     for index, interventions in enumerate(every):
-        if not interventions:
-            raise UserError(f"ablation {index} has no interventions, and would be the clean prompt")
         try:
-            # Before anything is computed: the ways of measuring take it that every place is there.
-            model.refuse_missing(interventions, len(prompt.token_ids))
-            for one in interventions:
-                _refuse_misfit(model, one)
-        except NoSuchPlace as error:
-            raise NoSuchPlace(f"ablation {index}: {error}") from None
-    return [Cell(0, interventions) for interventions in every]
+            found.append(Cell(0, on_prompt(model, interventions, len(prompt.token_ids))))
+        except (NoSuchPlace, ValueError) as error:
+            raise type(error)(f"ablation {index}: {error}") from None
+    return found
 
 
-def _refuse_misfit(model: HookedModel, one: Intervention) -> None:
-    """Raises NoSuchPlace when an edit's value does not have the shape of what it changes."""
-    if not isinstance(one, Edit) or one.shift is None:
-        return
-    n = len(one.positions)
-    if one.site == BY_HEAD:
-        # How wide a head is here, only the run itself can tell.
-        n_heads = model.heads(one.layer) if one.heads is None else len(one.heads)
-        fitted(one, one.shift, (n, n_heads, *one.shift.shape[-1:]))
-    else:
-        fitted(one, one.shift, (n, model.hidden_size))
+def together(ablation: Intervention | Iterable[Intervention], name: str = "the ablation") -> tuple[Intervention, ...]:
+    """The interventions of an ablation, which may be given as one alone.
 
-
-def together(ablation: Intervention | Iterable[Intervention]) -> tuple[Intervention, ...]:
-    """The interventions of an ablation, which may be given as one alone."""
-    return (ablation,) if isinstance(ablation, Mask | Edit) else tuple(ablation)
+    Raises:
+        UserError: there are none, or something else is among them; calls the ablation by its name.
+    """
+    if isinstance(ablation, Mask | Edit):
+        return (ablation,)
+    given = cast(object, ablation)
+    found = tuple(cast(Iterable[object], given)) if isinstance(given, Iterable) else (given,)
+    for one in found:
+        if not isinstance(one, Mask | Edit):
+            raise UserError(
+                f"{name}: found {quoted(one)}, which is no intervention",
+                hint="`raymi.interventions` has what can be done: Mask, zero, mean, replace, add, scale.",
+            )
+    if not found:
+        raise UserError(f"{name} has no interventions, and would be the clean prompt")
+    return cast(tuple[Intervention, ...], found)
 
 
 def run(

@@ -351,7 +351,7 @@ class HookedModel:
         if isinstance(one, Mask) and self.blocks[one.layer].attention is None:
             raise NoSuchPlace(f"{self.name}: layer {one.layer} has no attention to cut; {self.attention_layers} have")
         # Indices beyond either end would be an error of a tensor's, or count from the other end.
-        positions = [query for query, _ in one.edges] if isinstance(one, Mask) else one.positions
+        positions = [at for edge in one.edges for at in edge] if isinstance(one, Mask) else one.positions
         n_heads = self.heads(one.layer)
         for what, indices, size in (("head", one.heads or (), n_heads), ("position", positions, n_tokens)):
             if outside := [index for index in indices if not 0 <= index < size]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,8 +16,7 @@ from raymi.model.interventions import EDITABLE, Edit, Mask, add, mean, replace, 
         {"heads": ()},
         {"heads": []},
         {"edges": ((2, 3),)},
-        {"edges": ((-1, -2),)},
-        {"edges": ((5, -1),)},
+        {"edges": ((-2, -1),)},
         {"layer": -1},
         {"heads": (0, -1)},
     ],
@@ -33,7 +33,7 @@ def test_a_mask_that_cuts_nothing_or_something_else_cannot_be_made(wrong: dict[s
         ({"positions": ()}, "changes nothing: it names no positions"),
         ({"heads": ()}, "changes nothing: it names no heads"),
         ({"layer": -1}, "count from 0"),
-        ({"positions": (3, -1)}, "count from 0"),
+        ({"positions": (3, -1, -1)}, "names position -1 more than once"),
         ({"heads": (0, -1)}, "count from 0"),
         ({"positions": (4, 3, 4)}, "names position 4 more than once"),
         ({"heads": (1, 2, 1)}, "names head 1 more than once"),
@@ -66,6 +66,8 @@ def test_an_edit_that_changes_nothing_or_something_else_cannot_be_made(wrong: di
         (lambda: zero(3, "attn.hook_z", (4,), 2), "heads are a tuple of ints.*; found 2"),
         (lambda: zero(3, "attn.hook_z", (4,), ("2",)), r"heads are a tuple of ints.*; found \('2',\)"),
         (lambda: zero("3", "hook_mlp_out", (4,)), "a layer is an int; found '3'"),
+        (lambda: scale(3, "hook_mlp_out", (4,), torch.ones(2)), "a factor is a number; found tensor.*"),
+        (lambda: scale(3, "hook_mlp_out", (4,), "0.5"), "a factor is a number; found '0.5'"),
         (lambda: add(3, "hook_mlp_out", (4,), 1.0), "a value is a tensor; found 1.0"),
         (lambda: replace(3, "hook_mlp_out", (4,), [1.0]), r"a value is a tensor; found \[1\.0\]"),
     ],
@@ -73,6 +75,32 @@ def test_an_edit_that_changes_nothing_or_something_else_cannot_be_made(wrong: di
 def test_an_edit_of_other_types_is_refused_in_words(make: Any, why: str):
     with pytest.raises(TypeError, match=rf"^Edit\(.*: {why}$"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"layer": "0"}, "a layer is an int; found '0'"),
+        ({"layer": True}, "a layer is an int; found True"),
+        ({"heads": 0}, r"heads are a tuple of ints.*; found 0"),
+        ({"heads": "all"}, r"heads are a tuple of ints.*; found 'all'"),
+        ({"heads": (1.0,)}, r"heads are a tuple of ints.*; found \(1\.0,\)"),
+        ({"edges": (5, 2)}, r"edges are pairs \(query, key\) of ints.*; found \(5, 2\)"),
+        ({"edges": ((5, 2, 1),)}, r"edges are pairs.*; found \(\(5, 2, 1\),\)"),
+        ({"edges": (("5", "2"),)}, r"edges are pairs.*; found \(\('5', '2'\),\)"),
+        ({"edges": "52"}, r"edges are pairs.*; found '52'"),
+        ({"edges": 5}, r"edges are pairs.*; found 5"),
+    ],
+    ids=str,
+)
+def test_a_mask_of_other_types_is_refused_in_words(wrong: dict[str, Any], why: str):
+    with pytest.raises(TypeError, match=rf"^Mask\(.*: {why}$"):
+        Mask(**{"layer": 0, "heads": None, "edges": ((5, 2),), **wrong})
+
+
+def test_a_mask_takes_lists_and_the_integers_of_numpy():
+    one = Mask(np.int64(1), [np.int32(2)], [[np.int64(5), 2], (-1, 0)])  # pyright: ignore
+    assert one.first_query == -1
 
 
 @pytest.mark.parametrize("site", [site for site in EDITABLE if site != "attn.hook_z"])

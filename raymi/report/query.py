@@ -143,8 +143,8 @@ def lacking(run: Manifest) -> list[str]:
     by_kind: dict[str, list[str]] = {}
     for issue in run.jobs:
         for spec in issue.resolved.get("experiments", ()):
-            names = by_kind.setdefault(spec["kind"], [])
-            names += [spec["name"]] if spec["name"] not in names else []
+            if spec.get("kind") is not None and spec["name"] not in (names := by_kind.setdefault(spec["kind"], [])):
+                names.append(spec["name"])
     why = {each.name: f"the kind {each.name!r} cannot be used: {each.why}" for each in kinds.unusable()}
     return [
         f"{', '.join(names)}: {why.get(kind, f'no kind {kind!r} is installed')}"

@@ -231,7 +231,7 @@ def test_rows_that_stand_twice_for_an_instant_count_once(store: Store, monkeypat
         run.add("sae_ablations", "m", schemas.rows("sae_ablations", [ablated(1, "a"), ablated(None, "b")]))
         run.flush()
         once = store.scan
-        monkeypatch.setattr(store, "scan", lambda table, run: pl.concat([once(table, run)] * 2))
+        monkeypatch.setattr(store, "scan", lambda table, run, **more: pl.concat([once(table, run, **more)] * 2))
         report = tables.report(store)
     found = report.saes
     assert only(found.quality)["tokens"] == 5

@@ -13,7 +13,7 @@ from raymi.cli.completion import RUN
 from raymi.cli.effects_text import by_head, by_layer, strongest
 from raymi.cli.options import store_option
 from raymi.cli.sae_text import sections
-from raymi.cli.text import number, plural, table, terminal_width
+from raymi.cli.text import formatted, number, plural, table, terminal_width
 
 if TYPE_CHECKING:
     import polars as pl
@@ -232,8 +232,8 @@ def _mismatches(mismatches: "pl.DataFrame") -> Iterator[str]:
         failed = "at an attempt that failed" if attempts == 1 else f"at {attempts} attempts that failed"
         yield (
             f"{found['model_id']}: {found['differed']} of {plural(found['verified'], 'ablation')} measured "
-            f"{_WAYS.get(found['engine'], 'by ' + found['engine'])} differed from full forwards of the family's own "
-            f"attention by up to {found['max_logit_diff']:.1e}"
+            f"{_WAYS.get(found['engine'], 'by ' + str(found['engine']))} differed from full forwards of the family's "
+            f"own attention by up to {formatted(found['max_logit_diff'], '.1e')}"
             + (", so it was measured by full forwards" if found["then"] == "full" else f" {failed}")
         )
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from raymi.cli.text import bars, number, plural, table
+from raymi.cli.text import bars, formatted, number, plural, table
 
 if TYPE_CHECKING:
     import polars as pl
@@ -38,12 +38,12 @@ def _quality(saes: "Saes", width: int) -> Iterator[str]:
         rows = [
             [
                 row["sae"],
-                f"{row['tokens']:,}",
+                formatted(row["tokens"], ","),
                 _short(row["l0"]),
                 number(row["explained_variance"]),
                 number(row["cossim"]),
                 number(row["l2_ratio"]),
-                f"{row['dead_features']:,.0f} of {row['d_sae']:,}",
+                f"{formatted(row['dead_features'], ',.0f')} of {formatted(row['d_sae'], ',')}",
             ]
             for row in its.iter_rows(named=True)
         ]
@@ -80,7 +80,13 @@ def _activity(saes: "Saes", width: int) -> Iterator[str]:
         said = f"how many features are active, {_left_out(about)}"
         yield from _heading(width, f"{about['experiment']}: {about['model_id']}", said)
         rows = [
-            [row["sae"], f"{row['texts']:,}", f"{row['tokens']:,}", _short(row["mean_l0"]), f"{row['features']:,}"]
+            [
+                row["sae"],
+                formatted(row["texts"], ","),
+                formatted(row["tokens"], ","),
+                _short(row["mean_l0"]),
+                formatted(row["features"], ","),
+            ]
             for row in its.iter_rows(named=True)
         ]
         yield from table(("SAE", "texts", "tokens", "mean L0", "features"), rows, right=range(1, 5), width=width)
@@ -110,7 +116,7 @@ def _injections(saes: "Saes", width: int) -> Iterator[str]:
             [
                 str(row["feature"]),
                 f"{row['strength']:g}",
-                f"{row['injections']:,}",
+                formatted(row["injections"], ","),
                 number(row["mean_logit_shift"]),
                 number(row["mean_kl"]),
                 number(row["mean_logit_diff"], "+"),
@@ -135,7 +141,7 @@ def _ablations(saes: "Saes", width: int) -> Iterator[str]:
         rows = [
             [
                 str(row["feature"]),
-                f"{row['prompts']:,} of {row['of_prompts']:,}",
+                f"{formatted(row['prompts'], ',')} of {formatted(row['of_prompts'], ',')}",
                 _short(row["mean_value"]),
                 number(row["mean_kl"]),
                 number(row["mean_logit_diff"], "+"),

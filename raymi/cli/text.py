@@ -54,6 +54,11 @@ def number(value: float | None, sign: str = "") -> str:
     return f"{value:{sign}.1e}" if 0 < abs(value) < 1e-3 else f"{value:{sign}.4f}"
 
 
+def formatted(value: float | None, form: str) -> str:
+    """A number as `format` writes it, or - where a store that somebody has changed has none."""
+    return "-" if value is None else format(value, form)
+
+
 def plural(n: int, noun: str) -> str:
     """1 model, 2 models."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"

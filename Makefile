@@ -83,6 +83,7 @@ demo: models
 	@$(BIN)/raymi run jobs/demo.yaml --cache-dir "$(CACHE)/hub" --store $(STORE)
 	@echo
 	@echo 'What next:  $(BIN)/raymi report --store $(STORE)'
+	@echo '            . $(BIN)/activate, and the Quick start of README.md, on the same models'
 
 test: $(VENV)/.test
 	@$(BIN)/python demo/models.py

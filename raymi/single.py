@@ -99,6 +99,7 @@ def _about_model(model: CachedModel, loaded: "Loaded") -> Record:
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "weight_bytes": hooked.weight_bytes,
         "not_built": list(loaded.not_built),
+        "unused": list(loaded.unused),
         "memory": {"before_load": loaded.before._asdict(), "after_load": loaded.after._asdict()},
         "capability": asdict(loaded.capability),
     }

@@ -105,6 +105,7 @@ def lines(report: "Report", width: int) -> Iterator[str]:
             *_mismatches(report.mismatches),
             *_slow(report.models),
             *_weak_proofs(report.models),
+            *_unused(report.models),
             *_testbeds(report),
         ):
             yield fill(said, width or 10_000, initial_indent="  ", subsequent_indent="    ")
@@ -246,6 +247,15 @@ def _slow(models: "pl.DataFrame") -> Iterator[str]:
         if model["fallbacks"]:
             times = plural(model["fallbacks"], "time")
             yield f"{model['model_id']}: {times} something took full forwards all the same: {model['fallback']}"
+
+
+def _unused(models: "pl.DataFrame") -> Iterator[str]:
+    """Says what is not the model that was trained."""
+    for model in models.filter(models["unused"] > 0).unique("model_id", maintain_order=True).iter_rows(named=True):
+        yield (
+            f"{model['model_id']}: measured without {plural(model['unused'], 'tensor')} that its weights hold and its "
+            "config has no place for, as --allow-unused says (table models)"
+        )
 
 
 def _weak_proofs(models: "pl.DataFrame") -> Iterator[str]:

@@ -405,6 +405,7 @@ def _describe(model: CachedModel, dtype: str, loaded: "Loaded") -> Mapping[str, 
         "loaded_at": datetime.now(UTC),
         "capability": json.dumps(asdict(loaded.capability)),
         "status": "loaded",
+        "unused": loaded.unused,
     }
 
 

@@ -3,7 +3,7 @@
 import pickle
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from raymi.model.hooked import HookedModel
 from raymi.model.linear import lay_out
 from raymi.model.rope import forget_lengths
 from raymi.model.stored import Stored, weight_files
-from raymi.model.unused import contradictions, unused, without_scale
+from raymi.model.unused import Unused, contradictions, unused, without_scale
 
 SHORTEST_CHECK = 12
 
@@ -43,6 +43,8 @@ class Loaded:
     after: memory.Snapshot
     not_built: tuple[str, ...] = ()
     """Parts that the checkpoint holds beside the model: towers, prediction heads."""
+    unused: tuple[str, ...] = ()
+    """Tensors that the model of the config should have had a place for, and an adapter, as far as that was allowed."""
 
     @property
     def model(self) -> HookedModel:
@@ -100,7 +102,7 @@ def load(
     before, started = memory.snapshot(where), time.perf_counter()
     raw, unexpected = _read(path, name or path.name, DTYPES[dtype], trust_remote_code, allow_pickle)
     forget_lengths(raw)
-    not_built = _check_rest(raw, unexpected, path, name or path.name, allow_unused)
+    rest = _check_rest(raw, unexpected, path, name or path.name, allow_unused)
     cast(nn.Module, raw).to(where)
     lay_out(raw)
     memory.give_back()
@@ -108,7 +110,8 @@ def load(
     seconds, started = time.perf_counter() - started, time.perf_counter()
     capability = measure_capability(model, check_length(raw.config.get_text_config(), longest))
     engine = Engine(model, capability, way or capability.way)
-    return Loaded(engine, seconds, time.perf_counter() - started, before, memory.snapshot(where), not_built)
+    checked, after = time.perf_counter() - started, memory.snapshot(where)
+    return Loaded(engine, seconds, checked, before, after, rest.parts, rest.wrong)
 
 
 def check_length(config: object, longest: int) -> int:
@@ -151,16 +154,15 @@ def _read(
     return model.eval(), info["unexpected_keys"]
 
 
-def _check_rest(
-    model: PreTrainedModel, unexpected: set[str], path: Path, name: str, allow_unused: bool
-) -> tuple[str, ...]:
-    """The parts that are not built; BadWeights when a tensor of what is built is left over, or two stand for one."""
+def _check_rest(model: PreTrainedModel, unexpected: set[str], path: Path, name: str, allow_unused: bool) -> Unused:
+    """What is left over and may be; BadWeights when a tensor of what is built is left over, or two stand for one."""
     stored, base = Stored(weight_files(path)), model.base_model_prefix
     if clashes := [*contradictions(stored, base), *without_scale(model, stored, base)]:
         raise BadWeights(f"{name}: its weights are not one model: {_first(clashes)}")
     rest = unused(model, unexpected, stored, base)
     adapter = path / "adapter_config.json"
-    if adapter.exists() and not allow_unused and not getattr(model, "_hf_peft_config_loaded", False):
+    lies_beside = adapter.exists() and not getattr(model, "_hf_peft_config_loaded", False)
+    if lies_beside and not allow_unused:
         raise BadWeights(
             f"{name}: an adapter lies beside its weights ({adapter.name}) and has not been applied: there is no peft. "
             f"--allow-unused {name} (in Python allow_unused=True) measures the model without it."
@@ -170,7 +172,7 @@ def _check_rest(
             f"{name}: its weights hold more than the model of its config has a place for: {_first(rest.wrong)}. "
             f"--allow-unused {name} (in Python allow_unused=True) measures the model without them."
         )
-    return rest.parts
+    return replace(rest, wrong=(*rest.wrong, adapter.name)) if lies_beside else rest
 
 
 def _first(faults: Sequence[str]) -> str:

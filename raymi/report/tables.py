@@ -149,7 +149,8 @@ def per_model(view: View, failures: pl.DataFrame) -> pl.DataFrame:
         with is in `mismatches`), agreed (of those), verified_error, verified_tolerance and verified_effect (the largest
         difference, what would have been noise, and the largest effect, in logits), why_not_cone (found when the model
         was loaded; empty where it is measured by the cone), fallbacks (how often something took full forwards all
-        the same) and fallback (the first time, and why), load_seconds, failures.
+        the same) and fallback (the first time, and why), load_seconds, failures, unused (tensors that its config has no
+        place for, and that it was measured without; null in rows of older versions).
     """
     by = [*MODEL, "experiment"]
 
@@ -192,7 +193,8 @@ def per_model(view: View, failures: pl.DataFrame) -> pl.DataFrame:
     def loads() -> pl.LazyFrame:
         ready = view.scan("models").filter(pl.col("load_seconds").is_not_null())
         why = pl.col("capability").str.json_path_match("$.why").alias("why_not_cone")
-        of_load = ready.sort("loaded_at").select("model_id", "revision", "device", "load_seconds", why)
+        unused = pl.col("unused").list.len().cast(pl.Int64)
+        of_load = ready.sort("loaded_at").select("model_id", "revision", "device", "load_seconds", why, unused)
         return of_load.group_by("model_id", "revision").agg(pl.all().last())
 
     def fell_back() -> pl.LazyFrame:
@@ -216,7 +218,7 @@ def per_model(view: View, failures: pl.DataFrame) -> pl.DataFrame:
     table = table.with_columns(pl.col("ablations", "closed", "failures", "fallbacks").fill_null(0))
     of_model = ["testbeds", "engine"]
     of_verified = ["verified", "agreed", "verified_error", "verified_tolerance", "verified_effect"]
-    of_replicas = [*of_verified, "why_not_cone", "fallbacks", "fallback", "load_seconds", "failures"]
+    of_replicas = [*of_verified, "why_not_cone", "fallbacks", "fallback", "load_seconds", "failures", "unused"]
     order = ["model_id", "experiment", "revision", "dtype", "device", *found.columns[4:], *of_model, *of_replicas]
     return table.select(order).sort("model_id", "revision", "dtype", "experiment")
 

@@ -39,6 +39,8 @@ MODELS = pa.schema(
         ("loaded_at", _TIME),
         ("capability", pa.string()),
         ("status", pa.string()),
+        # Tensors that its config has no place for, and that were left out because the user allowed it.
+        ("unused", pa.list_(pa.string())),
     ]
 )
 """One row a load of a model. `capability` is JSON: what was measured at load."""

@@ -233,7 +233,13 @@ def test_tensors_beyond_the_config_fail_the_model_by_name_unless_it_may_leave_th
     assert refused.code == 1
     assert "model.layers.2.input_layernorm.weight" in refused.err + refused.out
     assert rows().is_empty()
-    assert run("--allow-unused", "org/deep").code == 0
+    said = run("--allow-unused", "org/deep")
+    assert said.code == 0
+    [model] = rows("models").to_dicts()
+    assert "model.layers.2.mlp.up_proj.weight" in model["unused"]
+    assert f"org/deep: measured without {len(model['unused'])} tensors that its weights hold" in " ".join(
+        said.out.split()
+    )
     assert len(rows()) == 8
     assert run().code == 0  # all is done
 

@@ -35,7 +35,7 @@ def read(folder: Path) -> tuple[str, ...]:
     from raymi.model import loading
 
     model, unexpected = loading._read(folder, "org/more", torch.float32, False, False)
-    return loading._check_rest(model, unexpected, folder, "org/more", False)
+    return loading._check_rest(model, unexpected, folder, "org/more", False).parts
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ PLACES = {
     "weights": ("raymi.model.loading", "_read"),
     "stuck": ("raymi.model.loading", "_read"),
     "sites": ("raymi.model.hooked", "blocks"),
-    "verify": ("raymi.experiments.knockout.verify", "verify"),
-    "unit": ("raymi.experiments.knockout.run", "run"),
+    "verify": ("raymi.cluster.worker", "Worker._verify"),
+    "unit": ("raymi.cluster.worker", "Worker._measure"),
     "plan": ("raymi.cluster.agenda", "notices"),
 }
 
@@ -42,6 +42,10 @@ if __name__ == "__main__":
 
     PHASE, SECONDS = sys.argv[1:3]
     sys.argv = ["raymi", *sys.argv[4:]]
-    module, name = PLACES[PHASE]
-    setattr(import_module(module), name, slowly(getattr(import_module(module), name)))
+    module, place = PLACES[PHASE]
+    *within, name = place.split(".")
+    owner: Any = import_module(module)
+    for each in within:
+        owner = getattr(owner, each)
+    setattr(owner, name, slowly(getattr(owner, name)))
     main()

@@ -113,7 +113,7 @@ class Description:
     @property
     def layer(self) -> int | None:
         """The layer of its site."""
-        match = re.match(r"blocks\.(\d+)\.", self.site or "")
+        match = re.match(r"blocks\.(\d{1,6})\.", self.site or "")
         return int(match[1]) if match else None
 
     def shape(self, tensor: str) -> tuple[int, ...]:
@@ -188,7 +188,7 @@ def same_model(a: str, b: str) -> bool:
 def _check_site(sae: Description, site: str, allowed: tuple[str, ...], model_id: str, n_layers: int) -> None:
     if site == "hook_embed":
         return
-    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", site)
+    match = re.fullmatch(r"blocks\.(\d{1,6})\.(.+)", site)
     if match is None or match[2] not in allowed:
         known = ", ".join(["hook_embed", *(f"blocks.L.{name}" for name in allowed)])
         raise UserError(f"{sae.file}: raymi has no site {site!r} in {model_id}", hint=f"There are: {known}.")

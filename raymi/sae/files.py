@@ -3,7 +3,9 @@
 import re
 import struct
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_UNSOUND = (zipfile.BadZipFile, zlib.error, ValueError, LookupError, EOFError, OSError, RuntimeError)
+"""What zips raise that are spoilt, or of a kind that Python does not read (NotImplementedError is a RuntimeError)."""
 _LOCAL_HEADER = struct.Struct("<26x2H")  # of a zip member: after it come its name and an extra field of these lengths
 
 
@@ -100,6 +104,14 @@ def _pickle(file: Path) -> dict[str, "Tensor"]:
     return cast("dict[str, Tensor]", loaded)
 
 
+@contextmanager
+def _sound(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except _UNSOUND as error:
+        raise UserError(f"{file}: not a sound npz file ({error})") from None
+
+
 def _npz_members(file: Path) -> dict[str, Member]:
     from numpy.lib import format as npy
 
@@ -115,7 +127,7 @@ def _npz_members(file: Path) -> dict[str, Member]:
                 stored = info.compress_type == zipfile.ZIP_STORED and not fortran and dtype.isnative
                 offset = _data_offset(raw, info) + header if stored else None
                 found[info.filename.removesuffix(".npy")] = Member(dtype.name, shape, offset)
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+    except _UNSOUND as error:
         raise UserError(f"{file}: not a sound npz file ({error})") from None
     return found
 
@@ -139,7 +151,7 @@ def _npz_tensors(file: Path) -> dict[str, "Tensor"]:
 
     described = _npz_members(file)
     arrays: dict[str, Any] = {}
-    with np.load(file, allow_pickle=False) as archive:
+    with _sound(file), np.load(file, allow_pickle=False) as archive:
         for name, member in described.items():
             if not re.fullmatch("u?int[0-9]+|float(16|32|64)", member.dtype):  # Python objects would be a pickle
                 raise UserError(f"{file}: tensor {name!r} is {member.dtype}; raymi reads float32 and float16")

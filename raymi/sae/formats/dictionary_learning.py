@@ -97,7 +97,7 @@ def _io(config: Config) -> str:
 def _sites(config: Config, trainer: Config) -> tuple[str | None, str | None]:
     """Where the input comes from and, for a transcoder, what it predicts; None where the files do not say."""
     io = _io(config)
-    match = re.search(r"(resid_post|mlp_out|attention_out)_layer_(\d+)", trainer.text("submodule_name") or "")
+    match = re.search(r"(resid_post|mlp_out|attention_out)_layer_(\d{1,6})", trainer.text("submodule_name") or "")
     if match is None:
         return None, None
     given, gave = (f"blocks.{match[2]}.{of[match[1]]}" if match[1] in of else None for of in (_INPUTS, _OUTPUTS))

@@ -24,7 +24,7 @@ def _describe(source: Source, file: Path) -> Description:
     decoder = member(file, found, stored["W_dec"])
     repo = _REPO.search(source.place)
     # Behind the repository's name: a local folder's parents may be called anything.
-    layers = re.findall(r"layer_(\d+)", source.place[repo.end() :]) if repo else []
+    layers = re.findall(r"layer_(\d{1,6})", source.place[repo.end() :]) if repo else []
     jumps = stored["threshold"] in found
     tensors = {name: Stored(stored[name]) for name in (_NAMES if jumps else _NAMES[:-1])}
     site = site_out = None

@@ -74,9 +74,9 @@ def _own(place: str) -> str:
 
 def _where(config: Config, own: str) -> tuple[int | None, str | None]:
     """Layer and kind, as the config says, else the path; they must not contradict each other."""
-    layers = re.findall(r"layer_(\d+)", own)
+    layers = re.findall(r"layer_(\d{1,6})", own)
     of_path = int(layers[-1]) if layers else None, next((kind for kind in _SITES if kind in own), None)
-    hook = re.search(r"layers\.(\d+)\.(.+)", config.text("hf_hook_point_in") or "")
+    hook = re.search(r"layers\.(\d{1,6})\.(.+)", config.text("hf_hook_point_in") or "")
     stated = (int(hook[1]), _HOOKS.get(hook[2])) if hook else (None, None)
     for said, found in zip(stated, of_path, strict=True):
         if None not in (said, found) and said != found:
@@ -92,7 +92,7 @@ def _where(config: Config, own: str) -> tuple[int | None, str | None]:
 def _check_predicted(config: Config, layer: int | None, *, transcoder: bool) -> None:
     """Whether a transcoder predicts its own layer's MLP, as all do that are published."""
     said = config.text("hf_hook_point_out")
-    hook = re.search(r"layers\.(\d+)\.(.+)", said or "")
+    hook = re.search(r"layers\.(\d{1,6})\.(.+)", said or "")
     if transcoder and said is not None and (hook is None or (int(hook[1]), _HOOKS.get(hook[2])) != (layer, "mlp_out")):
         raise config.refuse("hf_hook_point_out", f"'model.layers.{layer}.post_feedforward_layernorm.output'")
 

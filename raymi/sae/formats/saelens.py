@@ -94,7 +94,7 @@ def _describe(source: Source, file: Path) -> Description:
 def _before_6(config: Config) -> bool:
     metadata = config.part("metadata")
     version = config.values.get("sae_lens_version") or metadata.values.get("sae_lens_version")
-    number = re.match(r"\d+", str(version)) if version else None
+    number = re.match(r"\d{1,6}", str(version)) if version else None
     # What is installed from a checkout may have a version of any form; the nested part came with version 6.
     return int(number[0]) < 6 if number else not (version and metadata.values)
 

@@ -62,7 +62,7 @@ def _sites(module: str, *, transcoder: bool) -> tuple[str | None, str | None]:
     """Where the input comes from and, for a transcoder, what it predicts; None where the name says nothing."""
     if module.endswith(("embed_tokens", "embed_in", "wte")):
         return "hook_embed", None
-    match = re.search(r"(?:layers|h)[._](\d+)((?:\.\w+)?)$", module)
+    match = re.search(r"(?:layers|h)[._](\d{1,6})((?:\.\w+)?)$", module)
     if match is None or match[2] not in _ADDS_TO_RESIDUAL:
         return None, None
     output = f"blocks.{match[1]}.{_ADDS_TO_RESIDUAL[match[2]]}"

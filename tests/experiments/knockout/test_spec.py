@@ -11,15 +11,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from raymi.errors import UserError
-from raymi.experiments.knockout.spec import (
-    SCHEMA,
-    Ablation,
-    KnockoutSpec,
-    ablation_id,
-    ablations,
-    check,
-    confirm_layers,
-)
+from raymi.experiments.knockout.spec import SCHEMA, Ablation, KnockoutSpec, ablation_id, ablations
+from raymi.experiments.of_heads import check, confirm_layers
 from raymi.prompts import Prompt, TokenizedPrompt
 
 L, H = 12, 4

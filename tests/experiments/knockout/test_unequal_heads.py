@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from raymi.errors import UserError
-from raymi.experiments.knockout.spec import Ablation, KnockoutSpec, ablation_id, ablations, check, confirm_heads
+from raymi.experiments.knockout.spec import Ablation, KnockoutSpec, ablation_id, ablations
+from raymi.experiments.of_heads import check, confirm_heads
 from raymi.heads import Heads
 from raymi.prompts import Prompt, TokenizedPrompt
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import re
 import struct
 from collections.abc import Callable, Iterator
 from random import Random
@@ -109,6 +110,7 @@ LEAVES: list[Any] = [
     list(range(50)),
 ]
 """Values that programs did not expect in the place of another."""
+CLAIMS = [b"2024-13-45", b"!!int x", b"!!timestamp x", b"!!float x", b"9" * 5_000, b"!!binary x", b"!!set [a]"]
 HALVES = ["\ud800", "x\udfff"]
 BYTES = [
     b"\x00",
@@ -256,7 +258,15 @@ def of_json(rng: Random, data: bytes, others: list[bytes]) -> bytes:
 
 
 def of_yaml(rng: Random, data: bytes, others: list[bytes]) -> bytes:
-    return as_yaml(of_tree(rng, yaml.safe_load(data), [yaml.safe_load(other) for other in others]))
+    text = as_yaml(of_tree(rng, yaml.safe_load(data), [yaml.safe_load(other) for other in others]))
+    if rng.random() < 0.95:
+        return text
+    # What only YAML can write: scalars that claim to be what they are not.
+    fields = list(re.finditer(rb"(?<=: )\S.*$", text, re.MULTILINE))
+    if not fields:
+        return text
+    field = rng.choice(fields)
+    return text[: field.start()] + rng.choice(CLAIMS) + text[field.end() :]
 
 
 def of_jsonl(rng: Random, data: bytes, others: list[bytes]) -> bytes:

@@ -308,10 +308,10 @@ def _targets(
     """What answer and wrong answer share, and the first token of each after that."""
     if answer is None:
         return [], None, None
-    right = _continuation(who, tokenizer, prompt.text, prompt.answer, ids, answer)
+    right = _continuation(who, tokenizer, prompt.text, f"answer {quoted(prompt.answer)}", ids, answer)
     if wrong is None:
         return [], right[0], None
-    other = _continuation(who, tokenizer, prompt.text, prompt.wrong, ids, wrong)
+    other = _continuation(who, tokenizer, prompt.text, f"wrong answer {quoted(prompt.wrong)}", ids, wrong)
     for index, (a, b) in enumerate(zip(right, other, strict=False)):
         if a != b:
             return right[:index], a, b
@@ -322,16 +322,16 @@ def _targets(
 
 
 def _continuation(
-    who: str, tokenizer: Tokenizer, text: str, answer: str | None, ids: list[int], joint: list[int]
+    who: str, tokenizer: Tokenizer, text: str, answer: str, ids: list[int], joint: list[int]
 ) -> list[int]:
     if joint[: len(ids)] != ids:
         raise PromptFault(
-            f"{who}: {quoted(text)} and its answer {quoted(answer)} are not tokenised jointly: the prompt alone is "
+            f"{who}: {quoted(text)} and its {answer} are not tokenised jointly: the prompt alone is "
             f"{display(tokenizer, ids)}, with the answer it becomes {display(tokenizer, joint)}",
             hint="A blank between the two belongs to the beginning of the answer, not to the end of the prompt.",
         )
     if len(joint) == len(ids):
-        raise PromptFault(f"{who}: the answer {quoted(answer)} adds no token to {quoted(text)}")
+        raise PromptFault(f"{who}: the {answer} adds no token to {quoted(text)}")
     return joint[len(ids) :]
 
 

@@ -188,6 +188,10 @@ def _check_header(path: Path, names: Sequence[str]) -> None:
         raise UserError(f"{path}:1: the header has {twice[0]!r} more than once")
     if len(names) == 1 and any(mark in names[0] and "text" in names[0].split(mark) for mark in ";\t|"):
         raise UserError(f"{path}:1: found one column, {names[0]!r}; allowed: fields with commas between them")
+    absent = Written.model_fields.keys() - set(names)
+    for name in names:
+        if name not in Written.model_fields and (meant := near(name, absent)):
+            raise UserError(f"{path}:1: {name}: unknown column; allowed: {', '.join(Written.model_fields)}{meant}")
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:

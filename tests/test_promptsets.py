@@ -74,7 +74,7 @@ def test_ids_are_hashes_of_what_is_said(tmp_path: Path) -> None:
         ("p.jsonl", "\n", ["p.jsonl: holds no prompts"]),
         ("p.jsonl", '{"text": "a", "subject": "b"}', ["p.jsonl:1: subject: found 'b', which is not in the text 'a'"]),
         ("p.jsonl", b"\xff", ["p.jsonl: cannot be read"]),
-        ("p.csv", "txt,answer\na, b", ["p.csv:2: txt: unknown field", "did you mean 'text'?"]),
+        ("p.csv", "txt,answer\na, b", ["p.csv:1: txt: unknown column", "did you mean 'text'?"]),
         ("p.csv", "answer\n b", ["p.csv:2: text: is missing"]),
         ("p.csv", 'text,answer\n"a\nb", c\n, b', ["p.csv:4: text: found an empty prompt"]),
         ("p.csv", "text,answer\na, b, c", ["p.csv:2: has more fields than the header"]),

@@ -90,7 +90,11 @@ _OF_RUNS = (
     click.option("--dry-run", is_flag=True, help="Say what would be measured and what it would take."),
     click.option("-q", "--quiet", is_flag=True, help="Say only what is wrong: no progress, and no report at the end."),
     click.option("-v", "--verbose", is_flag=True, help="Say also what every replica does, and tracebacks."),
-    click.option("--inline", is_flag=True, help="Measure in this process, without Ray: for debugging."),
+    click.option(
+        "--inline",
+        is_flag=True,
+        help="Measure in this process, without Ray, one model after the other: the same numbers.",
+    ),
     *_ALLOWING,
 )
 

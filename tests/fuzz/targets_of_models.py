@@ -275,7 +275,8 @@ def right(sae: SAE) -> None:
         raise
     if features.shape != (3, about.d_sae) or given.shape[0] != 3:
         raise Wrong("features of another shape")
-    if about.activation == "relu" and about.normalisation == "none" and not about.apply_b_dec_to_input:
+    plain = about.normalisation == "none" and not about.apply_b_dec_to_input and not about.centred
+    if about.activation == "relu" and plain:
         found = tensors(about)
         expected = torch.relu(x @ found["W_enc"].float() + found["b_enc"].float())
         if not torch.allclose(features, expected, atol=1e-5, rtol=1e-4, equal_nan=True):

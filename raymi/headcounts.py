@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from raymi.snapshot import LISTED_HEADS, NAMES, config_defaults, first_int, model_type, text_config
+from raymi.snapshot import LISTED_HEADS, MOST_COUNTED, NAMES, config_defaults, first_int, model_type, text_config
 
 
 def heads_by_layer(config: Mapping[str, Any], n_layers: int | None, n_heads: int | None) -> tuple[int, ...] | None:
@@ -39,7 +39,8 @@ def heads_by_layer(config: Mapping[str, Any], n_layers: int | None, n_heads: int
         number = first_int(apart, NAMES["n_heads"])
         if number is not None and layer < n_layers:
             found[layer] = number
-    return None if set(found) == {n_heads} else tuple(found)
+    # Loading tells of the heads that there are, where what is written is no number of heads.
+    return None if set(found) == {n_heads} or max(found) > MOST_COUNTED else tuple(found)
 
 
 def _heads_with_window(stated: Mapping[str, Any]) -> int | None:

@@ -57,7 +57,7 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 _WITHOUT_ATTENTION = ("linear_attention", "conv", "mamba", "recurrent", "moe", "mlp")
 """Kinds of layers that have none. Of a kind that is not listed it is assumed; loading the model tells."""
 _BUFFERS = ("masked_bias", "inv_freq", "position_ids")
-_MOST_COUNTED = 1_000
+MOST_COUNTED = 1_000
 """Layers, and heads of a layer: whoever writes more than this did not write of a model."""
 _ITEMSIZES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -125,7 +125,7 @@ def sizes(config: Mapping[str, Any]) -> dict[str, int | None]:
         found = {size: number or first_int(defaults, NAMES[size]) for size, number in found.items()}
     found["n_layers"] = found["n_layers"] or _listed_layers(text)
     found["n_heads"] = found["n_heads"] or _possible(_listed_heads(text))
-    if max(found["n_layers"] or 0, found["n_heads"] or 0) > _MOST_COUNTED:  # nothing is to be made of each of them
+    if max(found["n_layers"] or 0, found["n_heads"] or 0) > MOST_COUNTED:  # nothing is to be made of each of them
         found["n_layers"] = found["n_heads"] = None
     heads, hidden = found["n_heads"], found["hidden_size"]
     if text.get("multi_query") and not text.get("new_decoder_architecture"):

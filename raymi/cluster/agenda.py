@@ -220,7 +220,7 @@ class Agenda:
                 every,
                 [spec.name for spec in self.job.experiments],
                 [prompt_id for prompt_id in usable if self._is_wanted(prompt_id)],
-                {unit.unit_id for its in texts for unit in self._cut(model, its, saes, sum_former=True)},
+                self._with_former_sums(model, texts, saes),
             )
             # What is of no prompt of the job is not tried again, and should not stay an open failure.
             self._withdrawn[key] = known.failed_units.difference(u.unit_id for u in cut) if self._whole else set()
@@ -283,6 +283,12 @@ class Agenda:
                 saes.get(spec.name, ()),
             )
         ]
+
+    def _with_former_sums(self, model: CachedModel, texts: Sequence[Sequence[TokenizedPrompt]], saes: Saes) -> set[str]:
+        """Ids of the units that there would be if sums over prompts still held those that the job has no longer."""
+        if not any(spec.sums_prompts for spec in self.job.experiments):
+            return set()
+        return {unit.unit_id for its in texts for unit in self._cut(model, its, saes, sum_former=True)}
 
     def _find_unfit(self, key: str, model: CachedModel, known: Known, saes: Saes) -> list[Failed]:
         """The texts that some experiment chooses and can never measure on a model."""

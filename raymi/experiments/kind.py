@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from pydantic import Field, model_validator
 
@@ -71,14 +71,17 @@ class Spec(Fields):
     prompts: Annotated[Names, NotEmpty] = ("*",)
     """Ids of the job's prompts to measure, as shell patterns."""
 
+    named_by: ClassVar[str] = "kind"
+    """The field that gives its name where nothing else is said."""
+
     @model_validator(mode="before")
     @classmethod
     def _named(cls, data: object) -> object:
-        """By its kind, where nothing else is said."""
         if not isinstance(data, Mapping):
             return data
         given = cast(Mapping[str, object], data)
-        return {"name": given["kind"], **given} if isinstance(given.get("kind"), str) else given
+        said = given.get(cls.named_by)
+        return {"name": said, **given} if isinstance(said, str) else given
 
     # -- what it is made of ------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import pyarrow as pa
 from pydantic import BeforeValidator, Field, model_validator
@@ -82,13 +82,7 @@ class SaeSpec(WithSaes):
     positions: Axis[Position] = Axis[Position](each=("last",))
     """Where to inject."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _named(cls, data: object) -> object:
-        if not isinstance(data, Mapping):
-            return data
-        given = cast(Mapping[str, object], data)
-        return {"name": given["measure"], **given} if isinstance(given.get("measure"), str) else given
+    named_by: ClassVar[str] = "measure"
 
     @model_validator(mode="after")
     def _fits_together(self) -> "SaeSpec":
